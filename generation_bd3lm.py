@@ -1,0 +1,415 @@
+"""Block-diffusion sampling: `generate` fills one block of mask tokens after the other (BD3-LM, arXiv:2503.09573).
+
+The sampler knows the model only through its forward pass: `input_ids` commits tokens to the cache, `noisy_input_ids`
+reads one block over it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import LogitsProcessorList
+from transformers.utils import ModelOutput
+
+
+# Knobs of block diffusion that transformers' GenerationConfig does not know, with their defaults.
+KNOBS = {
+    "block_size": None,
+    "steps": None,
+    "max_denoising_steps": None,
+    "remasking_strategy": "low_confidence_static",
+    "confidence_threshold": 0.9,
+    "entropy_bound": 0.1,
+}
+REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entropy_bound", "sequential", "random")
+DEFAULT_MAX_NEW_TOKENS = 256
+# Prompt tokens per prefill pass: bounds its memory, whatever the length of the prompt.
+PREFILL_TOKENS = 2048
+
+
+@dataclass
+class BD3LMGenerateOutput(ModelOutput):
+    """What `generate` returns with `return_dict_in_generate=True`.
+
+    Fields:
+        sequences: [B, prompt + new] token ids, the prompt first, padded on the right after an end token.
+        tokens_per_forward: [B] float, generated tokens up to and with the end token per denoising step of the row.
+        nfe: all forward passes of the batch: prefill, denoising steps and commits.
+        past_key_values: the cache of all complete blocks that were committed.
+        history: one [B, block_size] tensor of ids per denoising step, the block after the step, on the CPU.
+    """
+
+    sequences: torch.Tensor | None = None
+    tokens_per_forward: torch.Tensor | None = None
+    nfe: int | None = None
+    past_key_values: Any | None = None
+    history: tuple[torch.Tensor, ...] | None = None
+
+
+class BD3LMGenerationMixin:
+    """`generate` for a model with a clean and a noisy stream."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: Any | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        past_key_values: Any | None = None,
+        **kwargs,
+    ) -> torch.Tensor | BD3LMGenerateOutput:
+        """Generate block by block.
+
+        1. Align the prompts left; blocks are counted from the first token of each row.
+        2. Prefill: commit the complete blocks of the prompt.
+        3. Until every row has produced an end token or its number of tokens:
+           a. start the block as the rest of the prompt plus mask tokens;
+           b. denoise: forward, accept some tokens, until none is masked;
+           c. hand the new tokens to the streamer;
+           d. commit the block, if there is another one.
+
+        2, 3.b and 3.d are the only forward passes.
+
+        Args:
+            input_ids: [B, P] prompts, padded on the left where they differ in length. Mask tokens in a prompt are
+                filled in place.
+            attention_mask: [B, P], 1 for tokens; all tokens if `None`.
+            generation_config: knobs, see below; the model's own if `None`.
+            streamer: receives the prompt, then the new tokens of each block [n]. One row only.
+            logits_processor: applied to the scores of masked positions, after those of the generation config.
+            past_key_values: the cache of an earlier call whose tokens begin this prompt.
+            kwargs: any field of the generation config, and
+                - `block_size`: tokens per block, at most the trained one, the default.
+                - `steps`: denoising steps for all blocks together; ceil(steps / blocks) per block.
+                - `max_denoising_steps`: denoising steps per block, block_size by default.
+                - `remasking_strategy`: `low_confidence_static` accepts the same number of tokens at every step, the
+                  most confident ones; `low_confidence_dynamic` all above `confidence_threshold`; `entropy_bound` the
+                  most certain ones up to `entropy_bound`; `sequential` as static, from left to right; `random` as
+                  static, in random order. Each accepts at least one. (Nothing is masked again: the name is the
+                  field's.)
+                - `confidence_threshold`: in [0, 1], a probability. Higher is slower and safer. 0.9 by default.
+                - `entropy_bound`: >= 0, in nats. Higher is faster. 0.1 by default.
+
+        Returns:
+            [B, P + new] ids, or `BD3LMGenerateOutput` with `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError, TypeError: a knob or input that does not fit, with what is allowed.
+        """
+        config, knobs = self._generation_knobs(generation_config, kwargs)
+        run = _Run(self, input_ids, attention_mask, config, knobs, past_key_values, logits_processor)
+        if streamer is not None:
+            streamer.put(run.input_ids.cpu())
+        # 2. Prefill
+        run.prefill()
+        while True:
+            # 3.a Start the block
+            block, is_masked = run.start_block()
+            budget = is_masked.sum(1)  # [B]
+            # 3.b Denoise
+            for step in range(knobs["max_denoising_steps"]):
+                if not is_masked.any():
+                    break
+                tokens, confidence, entropy = run.predict(block, is_masked)
+                accepted = accept_tokens(confidence, entropy, is_masked, budget, step, knobs)
+                block, is_masked = run.settle(block, is_masked, accepted, tokens)
+                if hasattr(streamer, "put_draft"):
+                    streamer.put_draft(block[0].cpu())
+            # 3.c Stream
+            new_tokens = run.finish_block(block)
+            if streamer is not None:
+                streamer.put(new_tokens.cpu())
+            # 3.d Commit
+            if run.is_done():
+                break
+            run.commit(block)
+        if streamer is not None:
+            streamer.end()
+        return run.output() if config.return_dict_in_generate else run.sequences()
+
+    def _generation_knobs(self, generation_config: GenerationConfig | None, kwargs: dict) -> tuple:
+        """Merge arguments, generation config and defaults; returns the config and our knobs, checked."""
+        ours = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
+        explicit_length = "max_length" in kwargs and kwargs.get("max_new_tokens") is None
+        config, unknown = self._prepare_generation_config(generation_config, **kwargs)
+        unknown = sorted(name for name, value in unknown.items() if value is not None)
+        if unknown:
+            raise TypeError(
+                f"generate() got unknown arguments {', '.join(unknown)}. "
+                f"Choose among the fields of GenerationConfig and {', '.join(KNOBS)}."
+            )
+        if explicit_length:  # what the caller says goes before what generation_config.json says
+            config.max_new_tokens = None
+        elif config.max_new_tokens is None:
+            config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+        knobs = {name: ours.get(name, getattr(config, name, None)) for name in KNOBS}
+        knobs = {name: KNOBS[name] if value is None else value for name, value in knobs.items()}
+        if knobs["block_size"] is None:
+            knobs["block_size"] = self.config.block_size
+        _check_knobs(knobs, self.config.block_size)
+        if self.config.mask_token_id is None:
+            raise ValueError("mask_token_id is missing from config.json. convert_a2d.py chooses one and writes it.")
+        return config, knobs
+
+
+class _Run:
+    """The rows of one call of `generate`, aligned left.
+
+    Fields:
+        ids: [B, W] prompts, settled tokens and mask tokens; column = position.
+        prompt_lengths, limits: [B] number of prompt tokens, and of tokens after which the row stops.
+        starts: [B] position of the current block in each row.
+        ends: [B] number of tokens up to and with the end token, `limits` where there is none yet.
+        finished: [B] bool.
+    """
+
+    def __init__(self, model, input_ids, attention_mask, config, knobs, cache, logits_processor):
+        self.model, self.config, self.knobs, self.cache = model, config, knobs, cache
+        self.mask_token_id, self.block_size = model.config.mask_token_id, knobs["block_size"]
+        _check_prompt(input_ids, attention_mask)
+        if config.num_return_sequences > 1:
+            input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
+            attention_mask = (
+                None
+                if attention_mask is None
+                else attention_mask.repeat_interleave(len(input_ids) // len(attention_mask), 0)
+            )
+        self.input_ids = input_ids
+        self.is_token = (
+            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
+        batch, prompt = input_ids.shape
+        new = config.max_new_tokens if config.max_new_tokens is not None else config.max_length - prompt
+        if new < 1:
+            raise ValueError(
+                f"max_length={config.max_length} leaves no room after a prompt of {prompt} tokens. Use max_new_tokens."
+            )
+        # 1. Align the prompts left
+        self.order = self.is_token.int().argsort(dim=1, descending=True, stable=True)
+        self.prompt_lengths = self.is_token.sum(1)
+        self.limits = self.prompt_lengths + new
+        width = -(-int(self.limits.max()) // self.block_size) * self.block_size
+        self.ids = torch.full((batch, max(width, prompt)), self.mask_token_id, device=input_ids.device)
+        self.ids[:, :prompt] = input_ids.gather(1, self.order)
+        column = torch.arange(self.ids.shape[1], device=input_ids.device)
+        self.ids[column >= self.prompt_lengths[:, None]] = self.mask_token_id
+        self.was_masked = self.ids == self.mask_token_id
+        self.starts = self.was_masked.int().argmax(1) // self.block_size * self.block_size
+        self.ends, self.finished = self.limits.clone(), torch.zeros_like(self.limits, dtype=torch.bool)
+        self.row_steps, self.nfe, self.history = torch.zeros_like(self.limits), 0, []
+        model._prepare_special_tokens(config, attention_mask is not None, device=input_ids.device, batch_size=batch)
+        self.eos = config._eos_token_tensor
+        self.processors = model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=prompt,
+            logits_processor=LogitsProcessorList() if logits_processor is None else logits_processor,
+            device=input_ids.device,
+        )
+        num_blocks = -(-new // self.block_size)
+        per_block = self.block_size if knobs["steps"] is None else -(-knobs["steps"] // num_blocks)
+        knobs["max_denoising_steps"] = min(per_block, knobs["max_denoising_steps"] or self.block_size, self.block_size)
+
+    def columns(self, count: int) -> torch.Tensor:
+        """[B, count] positions from the current block on."""
+        return self.starts[:, None] + torch.arange(count, device=self.ids.device)
+
+    def forward(self, **inputs) -> torch.Tensor:
+        self.nfe += 1
+        output = self.model(past_key_values=self.cache, block_size=self.block_size, **inputs)
+        self.cache = output.past_key_values
+        return output.logits
+
+    def prefill(self) -> None:
+        cached = (
+            torch.zeros_like(self.starts) if self.cache is None or self.cache.lengths is None else self.cache.lengths
+        )
+        if (cached > self.starts).any():
+            raise ValueError(
+                f"past_key_values holds {cached.tolist()} tokens per row, the complete blocks of the prompts only "
+                f"{self.starts.tolist()}. Pass a prompt that continues the cached text."
+            )
+        piece = max(PREFILL_TOKENS // self.block_size, 1) * self.block_size
+        for offset in range(0, int((self.starts - cached).max()), piece):
+            columns = cached[:, None] + torch.arange(offset, offset + piece, device=self.ids.device)
+            columns = columns[:, : int((self.starts - cached).max()) - offset]
+            inside = columns < self.starts[:, None]
+            ids = self.ids.gather(1, columns.clamp(max=self.ids.shape[1] - 1))
+            self.forward(input_ids=ids, attention_mask=inside.long(), use_cache=True, logits_to_keep=1)
+
+    def start_block(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The current block [B, L] and its positions to fill [B, L] bool."""
+        columns = self.columns(self.block_size).clamp(max=self.ids.shape[1] - 1)
+        block = self.ids.gather(1, columns)
+        return block, (block == self.mask_token_id) & (columns < self.ends[:, None]) & ~self.finished[:, None]
+
+    def predict(self, block: torch.Tensor, is_masked: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Propose a token for every masked position of the block.
+
+        Returns:
+            tokens [B, L]; confidence [B, L], the model's probability of each, -1 where not masked; entropy [B, L] of
+            the distributions in nats, infinite where not masked. Both are taken before the processors: how sure the
+            model is does not depend on how the caller samples.
+        """
+        logits = self.forward(noisy_input_ids=block)
+        self.row_steps += is_masked.any(1)
+        rows = is_masked.nonzero()[:, 0]  # [M], the row of each masked position
+        scores = logits[is_masked].float()  # [M, V]
+        scores[:, self.mask_token_id] = -torch.inf
+        probs = scores.softmax(-1)
+        context = torch.cat((self.ids[:, : int(self.starts.max())], block), 1)[rows]
+        scores = self.processors(context, scores)
+        chosen = torch.multinomial(scores.softmax(-1), 1) if self.config.do_sample else scores.argmax(-1, keepdim=True)
+        tokens = block.masked_scatter(is_masked, chosen)
+        empty = torch.full_like(block, -1, dtype=probs.dtype)
+        confidence = empty.masked_scatter(is_masked, probs.gather(1, chosen))
+        entropy = (empty * -torch.inf).masked_scatter(is_masked, torch.special.entr(probs).sum(-1))
+        return tokens, confidence, entropy
+
+    def settle(self, block, is_masked, accepted, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the accepted tokens into the block [B, L]; what follows a settled end token becomes end tokens."""
+        block, is_masked = torch.where(accepted, tokens, block), is_masked & ~accepted
+        if self.eos is not None:
+            is_end = self._is_end(block, is_masked)
+            last_end = torch.where(is_end, block, -1).cummax(1).values
+            after_end = is_masked & (is_end.cumsum(1) > 0)
+            # as in training, where the last block is filled with the end token
+            block, is_masked = torch.where(after_end, last_end, block), is_masked & ~after_end
+        self.history.append(block.cpu())
+        return block, is_masked
+
+    def _is_end(self, block: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
+        """[B, L] bool, generated end tokens after the prompt."""
+        columns = self.columns(self.block_size)
+        inside = (columns >= self.prompt_lengths[:, None]) & (columns < self.limits[:, None])
+        return torch.isin(block, self.eos) & ~is_masked & inside
+
+    def finish_block(self, block: torch.Tensor) -> torch.Tensor:
+        """Write the block back and look for an end; returns the new tokens of the first row [n]."""
+        columns = self.columns(self.block_size)
+        writable = (columns < self.ids.shape[1]) & ~self.finished[:, None]
+        rows = torch.arange(len(block), device=block.device)[:, None].expand_as(columns)
+        self.ids[rows[writable], columns[writable]] = block[writable]
+        before = self.finished.clone()
+        if self.eos is not None:
+            is_end = self._is_end(block, block == self.mask_token_id) & ~before[:, None]
+            first = columns.masked_fill(~is_end, torch.iinfo(columns.dtype).max).min(1).values + 1
+            self.ends = torch.where(is_end.any(1), first, self.ends)
+            self.finished |= is_end.any(1)
+        new = (columns >= self.prompt_lengths[:, None]) & (columns < self.ends[:, None]) & ~before[:, None]
+        self.finished |= self.starts + self.block_size >= self.limits
+        return block[0][new[0]]
+
+    def is_done(self) -> bool:
+        return bool(self.finished.all())
+
+    def commit(self, block: torch.Tensor) -> None:
+        """Append the block to the cache of every row that goes on."""
+        mask = None if not self.finished.any() else (~self.finished)[:, None].expand_as(block).long()
+        self.forward(input_ids=block, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        self.starts = torch.where(self.finished, self.starts, self.starts + self.block_size)
+
+    def sequences(self) -> torch.Tensor:
+        """[B, P + new] prompts as given, mask tokens filled, then the new tokens, padded after the end."""
+        prompt = self.ids[:, : self.input_ids.shape[1]].gather(1, self.order.argsort(1))
+        prompt = torch.where(self.is_token, prompt, self.input_ids)
+        new = int((self.ends - self.prompt_lengths).max())
+        columns = self.prompt_lengths[:, None] + torch.arange(new, device=self.ids.device)
+        pad = self.config._pad_token_tensor
+        tokens = self.ids.gather(1, columns.clamp(max=self.ids.shape[1] - 1))
+        if pad is not None:
+            tokens = torch.where(columns < self.ends[:, None], tokens, pad)
+        return torch.cat((prompt, tokens), 1)
+
+    def output(self) -> BD3LMGenerateOutput:
+        column = torch.arange(self.ids.shape[1], device=self.ids.device)
+        generated = (self.was_masked & (column < self.ends[:, None])).sum(1)
+        return BD3LMGenerateOutput(
+            self.sequences(), generated / self.row_steps.clamp(min=1), self.nfe, self.cache, tuple(self.history)
+        )
+
+
+def accept_tokens(
+    confidence: torch.Tensor,
+    entropy: torch.Tensor,
+    is_masked: torch.Tensor,
+    budget: torch.Tensor,
+    step: int,
+    knobs: dict[str, Any],
+) -> torch.Tensor:
+    """Choose which masked positions of a block to fill at this denoising step.
+
+    Args:
+        confidence: [B, L] probability of each proposed token, -1 where not masked.
+        entropy: [B, L] in nats, infinite where not masked.
+        is_masked: [B, L] bool.
+        budget: [B] masked positions at the first step of the block.
+        step: denoising step, from 0.
+        knobs: `max_denoising_steps` S, `remasking_strategy`, `confidence_threshold`, `entropy_bound`.
+
+    Returns:
+        [B, L] bool, a subset of `is_masked`, with a position of every row that has one left. After S steps every
+        position of the block has been accepted.
+    """
+    strategy, steps = knobs["remasking_strategy"], knobs["max_denoising_steps"]
+    order = {  # the smallest is accepted first
+        "sequential": torch.arange(confidence.shape[1], device=confidence.device).expand_as(confidence).float(),
+        "random": torch.rand_like(confidence),
+        "entropy_bound": entropy,
+    }.get(strategy, -confidence)
+    order = order.masked_fill(~is_masked, torch.inf).argsort(dim=1, stable=True)
+    rank = order.argsort(1)
+    if strategy in ("low_confidence_dynamic", "entropy_bound"):
+        # the steps that are left must suffice for the positions that are left
+        count = -(-is_masked.sum(1) // (steps - step))
+        if strategy == "low_confidence_dynamic":
+            chosen = confidence > knobs["confidence_threshold"]
+        else:
+            # EB-sampler (arXiv:2505.24857): what tokens accepted together may know of each other is at most the sum of
+            # their entropies but for the largest
+            ascending = entropy.gather(1, order)
+            chosen = (ascending.cumsum(1) - ascending <= knobs["entropy_bound"]).gather(1, rank)
+    else:
+        count = budget // steps + (step < budget % steps)
+        chosen = torch.zeros_like(is_masked)
+    return (chosen | (rank < count[:, None])) & is_masked
+
+
+def _check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
+    """Raise a ValueError that names the knob, its value and what is allowed."""
+    if knobs["remasking_strategy"] not in REMASKING_STRATEGIES:
+        raise ValueError(
+            f"remasking_strategy={knobs['remasking_strategy']!r} is unknown. "
+            f"Choose one of {', '.join(REMASKING_STRATEGIES)}."
+        )
+    if not 1 <= knobs["block_size"] <= trained_block_size:
+        raise ValueError(
+            f"block_size={knobs['block_size']} is outside [1, {trained_block_size}], up to the trained size."
+        )
+    for name in ("steps", "max_denoising_steps"):
+        if knobs[name] is not None and knobs[name] < 1:
+            raise ValueError(f"{name}={knobs[name]} must be at least 1.")
+    if not 0 <= knobs["confidence_threshold"] <= 1:
+        raise ValueError(
+            f"confidence_threshold={knobs['confidence_threshold']} is outside [0, 1]. "
+            "It is a probability: 0.9 is safe, lower is faster."
+        )
+    if not knobs["entropy_bound"] >= 0:
+        raise ValueError(f"entropy_bound={knobs['entropy_bound']} must be at least 0 (nats).")
+
+
+def _check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    """Raise a ValueError unless every row of the prompt has a token."""
+    if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
+        got = "None" if input_ids is None else list(input_ids.shape)
+        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {got}.")
+    if attention_mask is None:
+        return
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be {list(input_ids.shape)} like input_ids, got {list(attention_mask.shape)}."
+        )
+    if not attention_mask.any(1).all():
+        raise ValueError("A row of attention_mask has no token. Give every prompt at least one.")

@@ -1,0 +1,183 @@
+"""Measure exact match on the world of arcLM-nano, for an autoregressive or a block-diffusion model.
+
+python nano/evaluate.py --model_name_or_path nano/arclm-nano-base --tasks_per_family 300 --output_file result.json
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from arclm.nano.world import Task, check, tasks_per_family
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Task],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    **generate_kwargs,
+) -> dict:
+    """Generate an answer to every task and count the exact matches.
+
+    An answer counts only where the model also ended it: a generation without the end token is wrong.
+
+    Args:
+        model: anything whose `generate` takes a left-padded batch and returns prompt and generation.
+        tokenizer: with the chat template; the prompts are rendered with it.
+        tasks: the tasks, answered in batches of about the same prompt length.
+        batch_size: rows per batch.
+        progress: show a progress bar.
+        generate_kwargs: passed to `generate` over the defaults (greedy, at most 128 new tokens).
+
+    Returns:
+        {"all": row, "families": {family: row | {"kinds": {kind: row}}}}. A row has `accuracy` in [0, 1], `tasks`,
+        `answer_tokens` (mean, end token included) and, if the model reports it, `tokens_per_forward` (mean over
+        tasks).
+    """
+    generate_kwargs = {"do_sample": False, "max_new_tokens": 128} | generate_kwargs
+    prompts = [render_prompt(tokenizer, task) for task in tasks]
+    order = sorted(range(len(tasks)), key=lambda index: len(prompts[index]))
+    starts = range(0, len(order), batch_size)
+    records = []
+    for start in track(starts, description="evaluating") if progress else starts:
+        indices = order[start : start + batch_size]
+        # without the tasks' own special tokens: the prompts hold them already
+        inputs = tokenizer(
+            [prompts[i] for i in indices],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        )
+        output = model.generate(
+            input_ids=inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
+            return_dict_in_generate=True,
+            **generate_kwargs,
+        )
+        rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        rates = getattr(output, "tokens_per_forward", None)
+        rates = [None] * len(rows) if rates is None else torch.as_tensor(rates).expand(len(rows)).tolist()
+        for index, row, rate in zip(indices, rows, rates, strict=True):
+            records.append((tasks[index], *judge(tokenizer, tasks[index], row), rate))
+    return summarize(records)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
+    """Render everything up to the generation prompt."""
+    return tokenizer.apply_chat_template(
+        task.prompt,
+        tools=task.tools,
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=task.enable_thinking,
+    )
+
+
+def judge(tokenizer: PreTrainedTokenizerBase, task: Task, generated: list[int]) -> tuple[bool, int]:
+    """Check generated ids up to the end token.
+
+    Returns:
+        whether the answer is right, and its number of tokens with the end token.
+    """
+    if tokenizer.eos_token_id not in generated:
+        return False, len(generated)
+    end = generated.index(tokenizer.eos_token_id)
+    # special tokens stay: a mask or pad token inside an answer makes it wrong
+    return check(task, tokenizer.decode(generated[:end], skip_special_tokens=False)), end + 1
+
+
+def summarize(records: list[tuple[Task, bool, int, float | None]]) -> dict:
+    """Average (task, correct, answer tokens, tokens per forward) per family and kind."""
+    groups = defaultdict(list)
+    for task, *record in records:
+        for key in ((), (task.family,), (task.family, task.kind)):
+            groups[key].append(record)
+
+    def row(key: tuple[str, ...]) -> dict:
+        correct, tokens, rates = zip(*groups[key], strict=True)
+        count = len(correct)
+        means = {
+            "accuracy": round(sum(correct) / count, 4),
+            "tasks": count,
+            "answer_tokens": round(sum(tokens) / count, 2),
+        }
+        if None not in rates:
+            means["tokens_per_forward"] = round(sum(rates) / count, 3)
+        return means
+
+    families = {}
+    for key in sorted(groups):
+        if len(key) == 1:
+            families[key[0]] = row(key) | {"kinds": {}}
+        elif len(key) == 2:
+            families[key[0]]["kinds"][key[1]] = row(key)
+    return {"all": row(()), "families": families}
+
+
+def print_table(results: dict, console: Console) -> None:
+    """Print the result of `evaluate` as a table."""
+    table = Table("family", "kind", "exact match", "tasks", "answer tokens", "tokens per forward")
+
+    def add(family: str, kind: str, row: dict, style: str | None = None) -> None:
+        rate = row.get("tokens_per_forward")
+        cells = (
+            f"{row['accuracy']:.1%}",
+            str(row["tasks"]),
+            f"{row['answer_tokens']:.1f}",
+            f"{rate:.2f}" if rate else "-",
+        )
+        table.add_row(family, kind, *cells, style=style)
+
+    for family, row in results["families"].items():
+        for kind, kind_row in row["kinds"].items():
+            add(family, kind, kind_row)
+        add(family, "all", row, style="bold")
+    console.print(table)
+
+
+@dataclass
+class EvaluateArguments:
+    """What to measure."""
+
+    model_name_or_path: str = field(metadata={"help": "Model directory or Hub id, with its tokenizer."})
+    tasks_per_family: int = field(default=300, metadata={"help": "Held-out tasks of every family."})
+    seed: int = field(default=1, metadata={"help": "Seed of the tasks."})
+    split: str = field(default="test", metadata={"help": "test (held-out values) or train."})
+    batch_size: int = field(default=64, metadata={"help": "Rows per call of generate."})
+    generate_kwargs: str = field(default="{}", metadata={"help": "JSON dict for generate, such as '{\"steps\": 64}'."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for the result."})
+
+
+def main() -> None:
+    """Load a model, measure it, print the table, write the file."""
+    args = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses()[0]
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, trust_remote_code=True, dtype="auto").eval()
+    tasks = tasks_per_family(args.split, args.seed, args.tasks_per_family)
+    kwargs = json.loads(args.generate_kwargs)
+    results = evaluate(model, tokenizer, tasks, batch_size=args.batch_size, progress=True, **kwargs)
+    print_table(results, Console())
+    if args.output_file:
+        record = {"model": args.model_name_or_path, "split": args.split, "seed": args.seed, "generate_kwargs": kwargs}
+        Path(args.output_file).write_text(json.dumps(record | results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""The sampler: on random models for exactness, on a model of fixed logits where it matters what it says."""
+
+import pytest
+import torch
+from conftest import MASK, tiny_model, tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, LogitsProcessorList
+
+from arclm.generation_bd3lm import REMASKING_STRATEGIES, accept_tokens
+from arclm.modeling_arclm import ArcLMForDiffusionLM, ArcLMOutput
+
+
+EOS, PAD = 1, 0
+
+
+class Scripted(ArcLMForDiffusionLM):
+    """Says `script[p]` at position p with a confidence of its own, and counts its forward passes."""
+
+    def script(self, text: list[int], confidence: list[float]) -> "Scripted":
+        self.text, self.calls = text, []
+        self.scores = torch.tensor(confidence)
+        return self
+
+    def forward(self, input_ids=None, noisy_input_ids=None, past_key_values=None, **kwargs):
+        self.calls.append("denoise" if input_ids is None else "commit")
+        output = super().forward(input_ids, noisy_input_ids=noisy_input_ids, past_key_values=past_key_values, **kwargs)
+        if input_ids is not None:
+            return output
+        batch, block = noisy_input_ids.shape
+        starts = torch.zeros(batch, dtype=torch.long) if past_key_values is None else past_key_values.lengths
+        logits = torch.zeros(batch, block, self.config.vocab_size)
+        for row, start in enumerate(starts.tolist()):
+            for i in range(block):
+                token = self.text[(start + i) % len(self.text)]
+                logits[row, i, token] = self.scores[(start + i) % len(self.scores)]
+        return ArcLMOutput(logits=logits, past_key_values=output.past_key_values)
+
+
+def scripted(text: list[int], confidence: tuple = (9.0,), **changes) -> Scripted:
+    torch.manual_seed(0)
+    model = tiny_model(**{"block_size": 4, **changes})
+    model.__class__ = Scripted
+    return model.script(text, list(confidence))
+
+
+def greedy(model, ids, **kwargs):
+    return model.generate(ids, do_sample=False, return_dict_in_generate=True, **kwargs)
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("context", ["block_causal", "causal"])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_e4_greedy_text_does_not_depend_on_the_batch(context, shift, block_size):
+    model = tiny_model(block_size=block_size, context_attention=context, right_shift_logits=shift)
+    rows = [tokens(1, n, seed=n)[0] for n in (7, 33, 16, 1)]
+    width = max(map(len, rows))
+    ids = torch.stack([torch.cat((torch.zeros(width - len(row), dtype=torch.long), row)) for row in rows])
+    batch = greedy(model, ids, attention_mask=(ids != 0).long(), max_new_tokens=21)
+    assert torch.equal(batch.sequences[:, :width], ids)
+    for row, sequence, speed in zip(rows, batch.sequences, batch.tokens_per_forward, strict=True):
+        alone = greedy(model, row[None], max_new_tokens=21)
+        new = alone.sequences[0, len(row) :]
+        assert torch.equal(sequence[width : width + len(new)], new)
+        assert (sequence[width + len(new) :] == PAD).all()
+        assert torch.allclose(alone.tokens_per_forward[0], speed)
+
+
+def test_one_token_per_step_of_block_one_is_the_parents_greedy_text():
+    """With block 1, causal context and shifted logits, block diffusion is autoregression."""
+    model = tiny_model(block_size=1, context_attention="causal", right_shift_logits=True)
+    ids = tokens(2, 9)
+    expected = ids
+    for _ in range(12):
+        logits = model(expected).logits[:, -1]
+        logits[:, MASK] = -torch.inf
+        expected = torch.cat((expected, logits.argmax(-1, keepdim=True)), 1)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=[]), expected)
+
+
+def test_a_second_turn_over_the_cache_equals_a_fresh_run():
+    model = tiny_model(block_size=4)
+    first = greedy(model, tokens(2, 11), max_new_tokens=9)
+    longer = torch.cat((first.sequences, tokens(2, 6, seed=3)), 1)
+    fresh = greedy(model, longer, max_new_tokens=10)
+    second = greedy(model, longer, max_new_tokens=10, past_key_values=first.past_key_values)
+    assert torch.equal(second.sequences, fresh.sequences)
+    assert second.nfe <= fresh.nfe
+
+
+def test_prefill_in_pieces_changes_nothing(monkeypatch):
+    model = tiny_model(block_size=4)
+    expected = greedy(model, tokens(1, 39), max_new_tokens=8)
+    monkeypatch.setattr("arclm.generation_bd3lm.PREFILL_TOKENS", 8)
+    pieces = greedy(model, tokens(1, 39), max_new_tokens=8)
+    assert torch.equal(pieces.sequences, expected.sequences)
+    assert pieces.nfe == expected.nfe + 4  # 36 prompt tokens: 5 pieces of 8 instead of one
+
+
+# What the knobs do
+
+
+def test_static_accepts_the_same_number_of_tokens_at_every_step_the_most_confident_first():
+    model = scripted([10, 11, 12, 13], confidence=(1.0, 4.0, 2.0, 3.0))
+    output = greedy(model, tokens(1, 4), max_new_tokens=4, max_denoising_steps=2)
+    assert [block.tolist() for block in output.history] == [[[MASK, 11, MASK, 13]], [[10, 11, 12, 13]]]
+    assert output.tokens_per_forward.tolist() == [2.0]
+
+
+def test_dynamic_accepts_what_is_above_the_threshold_and_always_one():
+    model = scripted([10, 11, 12, 13], confidence=(1.0, 9.0, 2.0, 9.5))
+    output = greedy(
+        model, tokens(1, 4), max_new_tokens=4, remasking_strategy="low_confidence_dynamic", confidence_threshold=0.9
+    )
+    expected = [[MASK, 11, MASK, 13], [MASK, 11, 12, 13], [10, 11, 12, 13]]
+    assert [block.tolist()[0] for block in output.history] == expected
+
+
+def test_entropy_bound_accepts_the_most_certain_tokens_together():
+    # one token at score s against 95 at 0: entropies of 2.4, 2.4, 4.5 and 0.003 nats
+    model = scripted([10, 11, 12, 13], confidence=(5.0, 5.0, 1.0, 13.0))
+    output = greedy(model, tokens(1, 4), max_new_tokens=4, remasking_strategy="entropy_bound", entropy_bound=0.1)
+    # the sum without the largest: 0 for one token, 0.003 for two, 2.4 for three
+    expected = [[10, MASK, MASK, 13], [10, 11, MASK, 13], [10, 11, 12, 13]]
+    assert [block.tolist()[0] for block in output.history] == expected
+
+
+def test_sequential_goes_from_left_to_right_and_random_in_an_order_of_its_own():
+    model = scripted([10, 11, 12, 13], confidence=(1.0, 4.0, 2.0, 3.0))
+    output = greedy(model, tokens(1, 4), max_new_tokens=4, remasking_strategy="sequential")
+    assert [(block == MASK).sum().item() for block in output.history] == [3, 2, 1, 0]
+    assert output.history[1].tolist() == [[10, 11, MASK, MASK]]
+    first = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        output = greedy(model, tokens(1, 4), max_new_tokens=4, remasking_strategy="random")
+        first.add(output.history[0].argmin().item())
+        assert output.sequences[0, 4:].tolist() == [10, 11, 12, 13]
+    assert len(first) > 1
+
+
+@pytest.mark.parametrize(
+    ("knobs", "steps"),
+    [
+        ({}, 12),
+        ({"steps": 3}, 3),
+        ({"steps": 5}, 6),  # ceil(5 / 3 blocks) = 2 per block
+        ({"max_denoising_steps": 2}, 6),
+        ({"steps": 12, "max_denoising_steps": 1}, 3),
+        ({"block_size": 2, "steps": 6}, 6),
+        ({"steps": 1000}, 12),
+    ],
+)
+def test_steps_are_divided_among_the_blocks_as_dllm_does(knobs, steps):
+    model = scripted([10, 11, 12, 13])
+    output = greedy(model, tokens(1, 4), max_new_tokens=12, **knobs)
+    assert model.calls.count("denoise") == steps
+    assert output.nfe == len(model.calls)
+    assert output.sequences.shape == (1, 16)
+
+
+def test_the_card_snippet_runs():
+    model = tiny_model(block_size=16)
+    output = model.generate(tokens(1, 5), max_new_tokens=32, steps=32, block_size=16, temperature=0.6, do_sample=True)
+    assert 5 < output.shape[1] <= 37
+
+
+# End of text
+
+
+def test_a_row_stops_at_an_end_token_in_the_middle_of_a_block():
+    model = scripted([10, 11, 12, 13, 14, EOS, 15, 16])
+    output = greedy(model, tokens(1, 8), max_new_tokens=16)
+    assert output.sequences[0, 8:].tolist() == [10, 11, 12, 13, 14, EOS]
+    assert output.nfe == 1 + 4 + 1 + 2  # prefill, block, commit, two steps up to the end token
+
+
+def test_an_end_token_does_not_stop_before_everything_in_front_of_it_is_settled():
+    model = scripted([10, 11, EOS, 13], confidence=(1.0, 2.0, 9.0, 3.0))
+    output = greedy(model, tokens(1, 4), max_new_tokens=12)
+    assert output.sequences[0, 4:].tolist() == [10, 11, EOS]
+    # what follows a settled end token is filled with it, as the last block is in training, and costs no step
+    assert output.history[0].tolist() == [[MASK, MASK, EOS, EOS]]
+    assert output.tokens_per_forward.tolist() == [1.0]
+
+
+def test_an_end_token_of_the_prompt_does_not_stop_the_row():
+    model = scripted([10])
+    prompt = torch.tensor([[5, EOS, 6, 7, EOS, 8]])
+    assert model.generate(prompt, max_new_tokens=3, do_sample=False).tolist() == [[5, EOS, 6, 7, EOS, 8, 10, 10, 10]]
+
+
+def test_rows_that_ended_are_padded_and_the_others_go_on():
+    model = scripted([10, EOS, 12, 13, 14, 15])
+    ids = torch.tensor([[0, 0, 5, 6], [5, 6, 7, 8]])  # the end token stands at position 7 of both rows
+    output = greedy(model, ids, attention_mask=(ids != 0).long(), max_new_tokens=6)
+    assert output.sequences[:, 4:].tolist() == [[12, 13, 14, 15, 10, EOS], [14, 15, 10, EOS, PAD, PAD]]
+
+
+def test_the_mask_token_can_not_be_produced():
+    model = scripted([MASK])
+    assert MASK not in model.generate(tokens(1, 3), max_new_tokens=6, do_sample=False)
+
+
+# Inputs and outputs
+
+
+def test_mask_tokens_in_the_prompt_are_filled_in_place():
+    model = scripted([10, 11, 12, 13])
+    prompt = torch.tensor([[5, MASK, 6, 7, 8, 9, MASK, 5]])
+    assert model.generate(prompt, max_new_tokens=2, do_sample=False).tolist() == [[5, 11, 6, 7, 8, 9, 12, 5, 10, 11]]
+
+
+def test_max_length_counts_the_prompt_and_beats_the_file():
+    model = scripted([10])
+    model.generation_config.max_new_tokens = 50
+    assert model.generate(tokens(1, 3), max_length=10, do_sample=False).shape == (1, 10)
+    assert model.generate(tokens(1, 3), do_sample=False).shape == (1, 53)
+
+
+def test_sampling_follows_the_seed_and_the_processors():
+    model = tiny_model(block_size=4)
+    ids = tokens(1, 6)
+
+    def sample(seed, **kwargs):
+        torch.manual_seed(seed)
+        return model.generate(ids, max_new_tokens=24, do_sample=True, eos_token_id=[], **kwargs)
+
+    assert torch.equal(sample(0, temperature=1.0), sample(0, temperature=1.0))
+    assert not torch.equal(sample(0, temperature=1.0), sample(1, temperature=1.0))
+    assert torch.equal(sample(0, top_k=1), model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=[]))
+    few = set(range(2, 60))
+    assert not few & set(sample(0, suppress_tokens=sorted(few))[0, 6:].tolist())
+
+
+def test_a_callers_logits_processor_is_applied():
+    model = scripted([10])
+
+    def only_17(input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([17]), 0.0)
+
+    output = model.generate(
+        tokens(1, 3), max_new_tokens=4, do_sample=False, logits_processor=LogitsProcessorList([only_17])
+    )
+    assert output[0, 3:].tolist() == [17] * 4
+
+
+def test_num_return_sequences_repeats_every_row():
+    model = tiny_model(block_size=4)
+    ids = torch.tensor([[0, 5, 6], [7, 8, 9]])
+    output = model.generate(
+        ids, attention_mask=(ids != 0).long(), num_return_sequences=3, max_new_tokens=2, do_sample=True
+    )
+    assert output[:, :3].tolist() == [[0, 5, 6]] * 3 + [[7, 8, 9]] * 3
+
+
+class Recorder:
+    """A streamer that remembers what it was given."""
+
+    def __init__(self):
+        self.puts, self.drafts, self.ended = [], [], False
+
+    def put(self, value):
+        self.puts.append(value.tolist())
+
+    def put_draft(self, value):
+        self.drafts.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_the_streamer_gets_the_prompt_then_each_block_and_the_drafts():
+    model, streamer = scripted([10, 11, 12, 13, 14, EOS, 15, 16]), Recorder()
+    output = model.generate(tokens(1, 10), max_new_tokens=16, do_sample=False, streamer=streamer)
+    # the first block begins with two tokens of the prompt: they are not given again
+    assert streamer.puts == [tokens(1, 10).tolist(), [12, 13], [14, EOS]]
+    assert streamer.ended
+    assert streamer.drafts[-1][:2] == [14, EOS]
+    assert output[0, 10:].tolist() == [12, 13, 14, EOS]
+
+
+# Progress, on many inputs
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_prompt_and_knobs_give_the_right_shape_and_no_mask_token(data):
+    model = MODELS[data.draw(st.sampled_from(sorted(MODELS)))]
+    lengths = data.draw(st.lists(st.integers(1, 13), min_size=1, max_size=3))
+    new = data.draw(st.integers(1, 13))
+    width = max(lengths)
+    ids = torch.stack(
+        [torch.cat((torch.zeros(width - n, dtype=torch.long), tokens(1, n, seed=n)[0])) for n in lengths]
+    )
+    knobs = {
+        "block_size": data.draw(st.integers(1, model.config.block_size)),
+        "remasking_strategy": data.draw(st.sampled_from(REMASKING_STRATEGIES)),
+        "entropy_bound": data.draw(st.floats(0, 9)),
+        "confidence_threshold": data.draw(st.floats(0, 1)),
+        "max_denoising_steps": data.draw(st.none() | st.integers(1, 9)),
+        "do_sample": data.draw(st.booleans()),
+    }
+    output = model.generate(
+        ids, attention_mask=(ids != 0).long(), max_new_tokens=new, return_dict_in_generate=True, **knobs
+    )
+    blocks = -(-(new + knobs["block_size"] - 1) // knobs["block_size"])
+    assert torch.equal(output.sequences[:, :width], ids)
+    assert width < output.sequences.shape[1] <= width + new
+    assert not (output.sequences == MASK).any()
+    assert output.nfe <= 1 + blocks * (1 + min(knobs["block_size"], knobs["max_denoising_steps"] or 99))
+
+
+MODELS = {
+    block_size: tiny_model(
+        block_size=block_size, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]
+    )
+    for block_size in (1, 5, 8)
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    confidence=st.lists(st.floats(0, 1), min_size=1, max_size=9),
+    steps=st.integers(1, 9),
+    threshold=st.floats(0, 1),
+    strategy=st.sampled_from(REMASKING_STRATEGIES),
+)
+def test_every_position_is_accepted_once_within_the_steps(confidence, steps, threshold, strategy):
+    scores = torch.tensor([confidence])
+    is_masked = torch.ones_like(scores, dtype=torch.bool)
+    budget = is_masked.sum(1)
+    knobs = {"max_denoising_steps": steps, "remasking_strategy": strategy, "confidence_threshold": threshold}
+    knobs["entropy_bound"] = threshold
+    for step in range(steps):
+        if not is_masked.any():
+            break
+        entropy = (1 - scores).masked_fill(~is_masked, torch.inf)
+        accepted = accept_tokens(scores.masked_fill(~is_masked, -1.0), entropy, is_masked, budget, step, knobs)
+        assert not (accepted & ~is_masked).any()
+        assert accepted.any()
+        is_masked = is_masked & ~accepted
+    assert not is_masked.any()
+
+
+# Bad input
+
+BAD = {
+    r"remasking_strategy='best' is unknown": {"remasking_strategy": "best"},
+    r"block_size=17 is outside \[1, 16\]": {"block_size": 17},
+    r"block_size=0 is outside \[1, 16\]": {"block_size": 0},
+    "steps=0 must be at least 1": {"steps": 0},
+    "entropy_bound=-1 must be at least 0": {"entropy_bound": -1},
+    r"confidence_threshold=1.5 is outside \[0, 1\]": {"confidence_threshold": 1.5},
+    "leaves no room after a prompt of 8 tokens": {"max_length": 8},
+    r"attention_mask must be \[2, 8\]": {"attention_mask": torch.ones(2, 7)},
+    "A row of attention_mask has no token": {"attention_mask": torch.tensor([[1] * 8, [0] * 8])},
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_knobs_get_a_sentence(sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model().generate(tokens(2, 8), **BAD[sentence])
+
+
+def test_misspelled_knobs_are_refused():
+    with pytest.raises(TypeError, match="unknown arguments blok_size"):
+        tiny_model().generate(tokens(1, 8), blok_size=4)
+
+
+def test_a_prompt_is_needed():
+    with pytest.raises(ValueError, match=r"input_ids must be .* got None"):
+        tiny_model().generate()
+
+
+def test_a_missing_mask_token_id_is_named():
+    with pytest.raises(ValueError, match=r"mask_token_id is missing from config\.json"):
+        tiny_model(mask_token_id=None).generate(tokens(1, 8))
+
+
+def test_a_cache_of_a_longer_text_is_refused():
+    model = tiny_model(block_size=4)
+    cache = greedy(model, tokens(1, 16), max_new_tokens=8).past_key_values
+    with pytest.raises(ValueError, match="Pass a prompt that continues the cached text"):
+        model.generate(tokens(1, 8), past_key_values=cache)
+
+
+def test_knobs_in_a_generation_config_object_count():
+    model = scripted([10, 11, 12, 13])
+    config = GenerationConfig(max_new_tokens=4, steps=2, do_sample=False, return_dict_in_generate=True)
+    assert len(model.generate(tokens(1, 4), generation_config=config).history) == 2

@@ -1,0 +1,63 @@
+"""The loss that never holds all logits, against the plain one in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from arclm import linear_cross_entropy as module
+from arclm.linear_cross_entropy import linear_cross_entropy
+
+
+B, T, D, V = 3, 13, 5, 11
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, T, D, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(V, (B, T), generator=generator)
+    labels[torch.rand(B, T, generator=generator) < 0.4] = -100
+    return hidden, weight, labels, torch.rand(B, T, generator=generator)
+
+
+def plain(hidden, weight, labels, factor, num_items):
+    losses = F.cross_entropy((hidden @ weight.T).flatten(0, 1).float(), labels.flatten(), reduction="none")
+    return (losses * factor.flatten()).sum() / num_items
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 4 * V, 2**24])
+def test_value_and_gradients_equal_the_plain_loss(monkeypatch, chunk_logits):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk_logits)
+    hidden, weight, labels, factor = inputs()
+    loss = linear_cross_entropy(hidden, weight, labels, factor, 7)
+    expected = plain(hidden, weight, labels, factor, 7)
+    assert (loss - expected).abs() < 1e-6
+    for grad, reference in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
+        assert (grad - reference).abs().max() < 1e-6
+
+
+def test_defaults_are_the_mean_over_targets():
+    hidden, weight, labels, _ = inputs()
+    expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
+    assert (linear_cross_entropy(hidden, weight, labels) - expected).abs() < 1e-6
+
+
+def test_no_target_gives_zero_and_zero_gradients():
+    hidden, weight, labels, _ = inputs()
+    loss = linear_cross_entropy(hidden, weight, labels.fill_(-100))
+    assert loss == 0
+    loss.backward()
+    assert (hidden.grad == 0).all()
+    assert (weight.grad == 0).all()
+
+
+def test_no_chunk_is_larger_than_the_limit(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * V)
+    rows = []
+    monkeypatch.setattr(module, "_chunk_loss", lambda hidden, *_: rows.append(len(hidden)) or hidden.sum())
+    hidden, weight, labels, _ = inputs()
+    linear_cross_entropy(hidden, weight, labels)
+    assert max(rows) == 4
+    assert sum(rows) == (labels != -100).sum()
