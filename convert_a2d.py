@@ -296,9 +296,9 @@ def new_directory(out: Path, size: int) -> Iterator[Path]:
     # beside the first parent that exists: on the same disk, and no new parents are left after a failure
     parent = next(parent for parent in out.parents if parent.is_dir())
     free = shutil.disk_usage(parent).free
-    full = f"{size / 1e9:.2f} GB do not fit on the disk of {parent}, which has {free / 1e9:.2f} GB free. Make room."
+    what = f"{size / 1e9:.2f} GB do not fit on the disk of {parent}"
     if free < size + 2**26:  # 64 MB for the tokenizer and the code
-        raise OSError(full)
+        raise OSError(f"{what}, which has {free / 1e9:.2f} GB free. Make room.")
     # named like the result: transformers caches the code of a local model under the name of its directory
     scratch = parent / f".{out.name}.{os.getpid()}.tmp"
     tmp = scratch / out.name
@@ -310,7 +310,7 @@ def new_directory(out: Path, size: int) -> Iterator[Path]:
             out.rmdir()
         os.rename(tmp, out)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise OSError(full if "No space left" in str(error) else str(error)) from error
+        raise OSError(f"{what}: it is full. Make room." if "No space left" in str(error) else str(error)) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

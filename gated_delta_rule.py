@@ -1,20 +1,21 @@
-"""The gated delta rule over one stream, and over a clean and a noisy stream, in PyTorch.
+"""The gated delta rule in PyTorch: outputs, the final state, and the states at block boundaries.
 
 Per head, with L2-normalised q and k, log decay g <= 0 and write strength beta in (0, 1)
 (Gated DeltaNet, arXiv:2412.06464, eq. 10; S is stored [K, Vd], the transpose of the paper's):
 
     S_t = exp(g_t) S_{t-1} + k_t (beta_t (v_t - exp(g_t) S_{t-1}^T k_t))^T        o_t = S_t^T q_t / sqrt(K)
 
-The clean stream is that recurrence. Block n of the noisy stream is the same recurrence, started from the clean state
-at the end of block n - 1; what it writes is thrown away.
+The clean stream is that recurrence. A noisy block is the same recurrence over its own tokens, started from the clean
+state at its boundary; what it writes is thrown away. So training, which gives all noisy blocks of a row to one call as
+a batch, and a denoising step, which gives it one block, run the same code.
 
 Tokens are cut into chunks. With G the decay accumulated since the start of a chunk and S the state there, the values
 that a chunk really writes solve one unit lower triangular system (the WY form):
 
     (I + tril(beta k k^T e^{G_i - G_j}, -1)) v_new = beta v - beta e^G (k S)
 
-so all is matrix products over all chunks at once, except the clean state from chunk to chunk (`AffineScan`). exp is
-taken of non-positive differences of G only: nothing overflows however strong the decay.
+so all is matrix products over all chunks at once, except the state from chunk to chunk (`AffineScan`). exp is taken of
+non-positive differences of G only: nothing overflows however strong the decay.
 """
 
 from typing import NamedTuple
@@ -44,65 +45,56 @@ class DeltaRuleInputs(NamedTuple):
 
 
 def gated_delta_rule(
-    inputs: DeltaRuleInputs, initial_state: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs: DeltaRuleInputs, initial_state: torch.Tensor | None = None, block_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Run the recurrence over T tokens.
 
     Args:
         inputs: see `DeltaRuleInputs`. bfloat16 and float16 are computed in float32.
         initial_state: [B, H, K, Vd], zero if `None`.
+        block_size: any number >= 1; asks for the states at the boundaries of blocks counted from the first token.
 
     Returns:
-        Outputs [B, T, H, Vd] in the dtype of v, and the final state [B, H, K, Vd], float32 (float64 for float64).
+        Outputs [B, T, H, Vd] in the dtype of v, the final state [B, H, K, Vd], float32 (float64 for float64), and the
+        N = ceil(T / block_size) states before each block [B, N, H, K, Vd], `None` without `block_size`.
     """
     tokens = inputs.q.shape[1]
-    chunk = _Chunk.of(inputs, min(CHUNK_SIZE, tokens), tokens)
+    chunk = _Chunk.of(inputs, _chunk_size(block_size, tokens))
     state = chunk.zero_state() if initial_state is None else initial_state.to(chunk.v.dtype)
-
-    if chunk.v.shape[1] == 1:  # a single chunk needs no scan, and its system one right-hand side of Vd columns only
+    if chunk.v.shape[1] == 1:  # one chunk needs no scan, and its system has Vd right-hand sides instead of K + Vd
         v_new = chunk.solve(chunk.residual(state[:, None]))
-        output = chunk.read(state[:, None], v_new)
-        return chunk.to_tokens(output, inputs.v), chunk.next_state(state[:, None], v_new)[:, 0]
-
-    states, v_new = _scan_chunks(chunk, state)
-    return chunk.to_tokens(chunk.read(states[:, :-1], v_new), inputs.v), states[:, -1]
-
-
-def two_stream_gated_delta_rule(
-    clean: DeltaRuleInputs, noisy: DeltaRuleInputs, block_size: int, initial_state: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the recurrence over the clean stream, and over each noisy block from its clean boundary state.
-
-    Args:
-        clean: the stream of x_0, see `DeltaRuleInputs`.
-        noisy: the stream of x_t, of the same shapes.
-        block_size: tokens per block, counted from the first token, any number >= 1. The last block may be shorter.
-        initial_state: [B, H, K, Vd] state before the first block, zero if `None`.
-
-    Returns:
-        Outputs of both streams, [B, T, H, Vd] each in the dtype of v, and the final clean state [B, H, K, Vd].
-    """
-    tokens = clean.q.shape[1]
-    chunk_size = _chunk_size(block_size, tokens)
-    padded = -(-tokens // max(block_size, chunk_size)) * max(block_size, chunk_size)
-    c = _Chunk.of(clean, chunk_size, padded)
-    n = _Chunk.of(noisy, chunk_size, padded)
-    states, c_new = _scan_chunks(c, c.zero_state() if initial_state is None else initial_state.to(c.v.dtype))
-    start = states[:, :-1]  # [B, N, H, K, Vd], the clean state before each chunk
-    clean_output = c.to_tokens(c.read(start, c_new), clean.v)
-
-    if block_size < chunk_size:
-        noisy_output = _read_blocks_inside_chunk(c, n, start, c_new, block_size)
+        states = torch.stack((state, chunk.next_state(state[:, None], v_new)[:, 0]), 1)
     else:
-        noisy_output = _read_blocks_of_chunks(n, start, block_size // chunk_size)
-    return clean_output, n.to_tokens(noisy_output, noisy.v), states[:, -1]
+        states, v_new = _scan_chunks(chunk, state)
+    output = chunk.to_tokens(chunk.read(states[:, :-1], v_new), inputs.v)
+    boundary_states = None
+    if block_size is not None:
+        boundary_states = _boundary_states(chunk, states[:, :-1], v_new, block_size)[:, : -(-tokens // block_size)]
+    return output, states[:, -1], boundary_states
 
 
-def _chunk_size(block_size: int, tokens: int) -> int:
+def _chunk_size(block_size: int | None, tokens: int) -> int:
     """Tokens per chunk: a multiple of small blocks, a divisor of large ones, and no longer than T needs."""
+    if block_size is None:
+        return min(CHUNK_SIZE, tokens)
     if block_size <= CHUNK_SIZE:
         return block_size * min(CHUNK_SIZE // block_size, -(-tokens // block_size))
     return max(size for size in range(1, CHUNK_SIZE + 1) if block_size % size == 0)
+
+
+def _boundary_states(chunk: "_Chunk", start: torch.Tensor, v_new: torch.Tensor, block_size: int) -> torch.Tensor:
+    """States before each block of all chunks, [B, N', H, K, Vd], from those before each chunk, `start`."""
+    chunk_size = chunk.v.shape[3]
+    if block_size >= chunk_size:
+        return start[:, :: block_size // chunk_size]
+    # inside a chunk: e^{G_b} S + sum over the tokens i before the boundary b of e^{G_b - G_i} k_i v_new_i^T
+    ends = torch.arange(block_size - 1, chunk_size - 1, block_size, device=start.device)
+    decay = chunk.decay[..., ends]  # [B, N, H, boundaries]
+    before = torch.arange(chunk_size, device=start.device) <= ends[:, None]
+    fade = (decay.unsqueeze(-1) - chunk.decay.unsqueeze(-2)).masked_fill(~before, float("-inf")).exp()
+    written = (fade.unsqueeze(-1) * chunk.k.unsqueeze(-3)).mT @ v_new.unsqueeze(-3)  # [B, N, H, boundaries, K, Vd]
+    inner = decay.exp()[..., None, None] * start.unsqueeze(-3) + written
+    return torch.cat((start.unsqueeze(-3), inner), -3).transpose(2, 3).flatten(1, 2)
 
 
 class _Chunk(NamedTuple):
@@ -111,25 +103,21 @@ class _Chunk(NamedTuple):
     Fields:
         q, k, v: [B, N, H, C, K or Vd], q and k normalised, q scaled.
         beta: [B, N, H, C, 1].
-        g: [B, N, H, C] log decay of each token.
         decay: [B, N, H, C], G, the log decay accumulated from the start of the chunk to each token, inclusive.
-        visible: [C, C] bool, which token of the chunk (column) a token (row) has read.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     beta: torch.Tensor
-    g: torch.Tensor
     decay: torch.Tensor
-    visible: torch.Tensor
 
     @classmethod
-    def of(cls, inputs: DeltaRuleInputs, chunk_size: int, padded_tokens: int) -> "_Chunk":
+    def of(cls, inputs: DeltaRuleInputs, chunk_size: int) -> "_Chunk":
         dtype = torch.float64 if inputs.v.dtype == torch.float64 else torch.float32
-        heads = inputs.v.shape[2]
-        num_chunks = -(-padded_tokens // chunk_size)
-        pad = num_chunks * chunk_size - inputs.q.shape[1]
+        heads, tokens = inputs.v.shape[2], inputs.q.shape[1]
+        num_chunks = -(-tokens // chunk_size)
+        pad = num_chunks * chunk_size - tokens
 
         def cut(x: torch.Tensor) -> torch.Tensor:
             """[B, T, H, D] -> [B, N, H, C, D]. Padding is inert: its k, beta and g are 0."""
@@ -142,21 +130,19 @@ class _Chunk(NamedTuple):
 
         q, k = qk(inputs.q) * inputs.q.shape[-1] ** -0.5, qk(inputs.k)
         v, beta, g = cut(inputs.v.to(dtype)), cut(inputs.beta.to(dtype)[..., None]), cut(inputs.g.to(dtype)[..., None])
-        g = g.squeeze(-1)
-        visible = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=v.device).tril()
-        return cls(q, k, v, beta, g, g.cumsum(-1), visible)
+        return cls(q, k, v, beta, g.squeeze(-1).cumsum(-1))
 
     def zero_state(self) -> torch.Tensor:
         batch, _, heads, _, key_dim = self.k.shape
         return self.v.new_zeros(batch, heads, key_dim, self.v.shape[-1])
 
-    def weights(self, rows: torch.Tensor, other: "_Chunk | None" = None, visible=None) -> torch.Tensor:
-        """[B, N, H, C, C]: rows (q or beta k) times the keys of `other`, decayed from key to row; 0 if not visible."""
-        other = self if other is None else other
-        difference = self.decay.unsqueeze(-1) - other.decay.unsqueeze(-2)
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B, N, H, C, C]: rows (q or beta k) times keys, decayed from key to row; 0 for keys after the row."""
+        size = rows.shape[-2]
+        later = torch.ones(size, size, dtype=torch.bool, device=rows.device).triu(1)
+        difference = self.decay.unsqueeze(-1) - self.decay.unsqueeze(-2)
         # masked before exp: above the diagonal the difference is positive and could overflow
-        decay = difference.masked_fill(~(self.visible if visible is None else visible), float("-inf")).exp()
-        return (rows @ other.k.mT) * decay
+        return (rows @ self.k.mT) * difference.masked_fill(later, float("-inf")).exp()
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
         """(I + tril(beta k k^T e^{G_i - G_j}, -1))^{-1} rhs; the solver takes the diagonal as 1."""
@@ -197,43 +183,6 @@ def _scan_chunks(c: _Chunk, initial_state: torch.Tensor) -> tuple[torch.Tensor, 
     transition = c.total_decay() * torch.eye(c.k.shape[-1], dtype=c.k.dtype, device=c.k.device) - keys @ w
     states = AffineScan.apply(transition, keys @ u, initial_state)
     return states, u - w @ states[:, :-1]
-
-
-def _read_blocks_of_chunks(n: _Chunk, start: torch.Tensor, chunks_per_block: int) -> torch.Tensor:
-    """Outputs of noisy blocks of one or more chunks: from the boundary state of the block, chunk after chunk."""
-    group = [x.unflatten(1, (-1, chunks_per_block)).unbind(2) for x in n[:-1]]
-    state = start.unflatten(1, (-1, chunks_per_block))[:, :, 0]
-    outputs = []
-    for fields in zip(*group, strict=True):
-        chunk = _Chunk(*fields, n.visible)
-        v_new = chunk.solve(chunk.residual(state))
-        outputs.append(chunk.read(state, v_new))
-        if len(outputs) < chunks_per_block:
-            state = chunk.next_state(state, v_new)
-    return torch.stack(outputs, 2).flatten(1, 2)
-
-
-def _read_blocks_inside_chunk(
-    c: _Chunk, n: _Chunk, start: torch.Tensor, c_new: torch.Tensor, block_size: int
-) -> torch.Tensor:
-    """Outputs of noisy blocks shorter than a chunk.
-
-    A noisy token reads the state at the start of the chunk, the clean values of earlier blocks of the chunk and the
-    noisy values of its own block. Its decay runs over the clean tokens up to its block, then over noisy ones.
-    """
-    chunk_size = n.v.shape[3]
-    block = torch.arange(chunk_size, device=n.v.device) // block_size
-    own = n.visible & (block[:, None] == block)
-    earlier = block[:, None] > block
-    inside = n.g.unflatten(-1, (-1, block_size)).cumsum(-1)
-    before = F.pad(
-        c.decay[..., block_size - 1 :: block_size][..., :-1], (1, 0)
-    )  # clean G at the end of the last block
-    n = n._replace(decay=(inside + before.unsqueeze(-1)).flatten(-2), visible=own)
-
-    from_clean = n.weights(n.beta * n.k, c, earlier) @ c_new
-    n_new = n.solve(n.residual(start) - from_clean)
-    return n.read(start, n_new) + n.weights(n.q, c, earlier) @ c_new
 
 
 class AffineScan(torch.autograd.Function):

@@ -28,8 +28,6 @@ def linear_cross_entropy(
     Returns:
         [] float32, 0 where there is no target.
     """
-    if labels.shape != hidden_states.shape[:2]:
-        raise ValueError(f"labels must be {list(hidden_states.shape[:2])}, one per token, got {list(labels.shape)}.")
     if loss_weights is not None and loss_weights.shape != labels.shape:
         raise ValueError(f"loss_weights must be {list(labels.shape)} like labels, got {list(loss_weights.shape)}.")
     is_target = labels != -100

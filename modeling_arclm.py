@@ -28,10 +28,10 @@ from transformers.utils import ModelOutput
 
 from .cache_arclm import ArcLMCache, CacheAccess, last_tokens
 from .configuration_arclm import ArcLMConfig
-from .gated_delta_rule import DeltaRuleInputs, gated_delta_rule, two_stream_gated_delta_rule
+from .gated_delta_rule import DeltaRuleInputs, gated_delta_rule
 from .generation_bd3lm import BD3LMGenerationMixin
 from .linear_cross_entropy import linear_cross_entropy
-from .streams_arclm import Streams, left_align, shift_right
+from .streams_arclm import Streams, shift_right
 
 
 class ArcLMRMSNormGated(nn.Module):
@@ -49,6 +49,19 @@ class ArcLMRMSNormGated(nn.Module):
         return (self.weight * x * F.silu(gate.float())).to(hidden_states.dtype)
 
 
+class ArcLMConv1d(nn.Conv1d):
+    """Causal depthwise convolution and SiLU, channels last; the rows carry their history, so nothing is padded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve [..., kernel - 1 + T, channels] to [..., T, channels]."""
+        kernel, weight = self.kernel_size[0], self.weight.squeeze(1)
+        tokens = x.shape[-2] - kernel + 1
+        output = x[..., :tokens, :] * weight[:, 0]
+        for tap in range(1, kernel):
+            output = output + x[..., tap : tap + tokens, :] * weight[:, tap]
+        return F.silu(output)
+
+
 class ArcLMGatedDeltaNet(nn.Module):
     """Gated DeltaNet mixer with the weights of `Qwen3_5GatedDeltaNet`; the caller owns the state."""
 
@@ -60,7 +73,7 @@ class ArcLMGatedDeltaNet(nn.Module):
         self.value_dim = self.head_v_dim * config.linear_num_value_heads
         self.kernel = config.linear_conv_kernel_dim
         conv_dim = 2 * self.key_dim + self.value_dim
-        self.conv1d = nn.Conv1d(conv_dim, conv_dim, self.kernel, groups=conv_dim, bias=False)
+        self.conv1d = ArcLMConv1d(conv_dim, conv_dim, self.kernel, groups=conv_dim, bias=False)
         self.dt_bias = nn.Parameter(torch.ones(config.linear_num_value_heads))
         self.A_log = nn.Parameter(torch.zeros(config.linear_num_value_heads))
         self.norm = ArcLMRMSNormGated(self.head_v_dim, config.rms_norm_eps)
@@ -94,37 +107,33 @@ class ArcLMGatedDeltaNet(nn.Module):
         if history is None:
             history = mixed.new_zeros(mixed.shape[0], self.kernel - 1, mixed.shape[-1])
         padded = torch.cat((history, mixed), 1)
-        output, state = gated_delta_rule(self._heads(self._convolve(padded), beta, g), state)
+        output, state, _ = gated_delta_rule(self._heads(self.conv1d(padded), beta, g), state)
         if access is not None and access.commit:
             access.cache.conv_states[self.layer_idx] = last_tokens(padded, self.kernel - 1, streams.token_mask)
             access.cache.recurrent_states[self.layer_idx] = state
         return output
 
     def _two_streams(self, mixed, beta, g, streams: Streams) -> torch.Tensor:
-        """Both streams at once; noisy blocks convolve with, and start from, the clean tokens before them."""
-        tokens, block_size, history = streams.num_noisy, streams.block_size, self.kernel - 1
-        noisy, clean = mixed[:, :tokens], F.pad(mixed[:, tokens:], (0, 0, history, 0))
-        clean_mixed = self._convolve(clean)
-        # the `history` clean rows before each block: row n * block_size of `clean` is the first of block n's
-        before = clean.unfold(1, history, block_size)[:, : -(-tokens // block_size)].mT if history else None
-        blocks = F.pad(noisy, (0, 0, 0, -tokens % block_size)).unflatten(1, (-1, block_size))  # [B, N, L, conv_dim]
-        blocks = blocks if before is None else torch.cat((before, blocks), 2)
-        noisy_mixed = self._convolve(blocks).flatten(1, 2)[:, :tokens]
-        clean_output, noisy_output, _ = two_stream_gated_delta_rule(
-            self._heads(clean_mixed, beta[:, tokens:], g[:, tokens:]),
-            self._heads(noisy_mixed, beta[:, :tokens], g[:, :tokens]),
-            block_size,
-        )
-        return torch.cat((noisy_output, clean_output), 1)
+        """The clean stream, then the noisy blocks as a batch of their own, each from its boundary state."""
+        split, block_size, history = streams.num_noisy, streams.block_size, self.kernel - 1
+        padded = F.pad(mixed[:, split:], (0, 0, history, 0))
+        inputs = self._heads(self.conv1d(padded), beta[:, split:], g[:, split:])
+        clean_output, _, states = gated_delta_rule(inputs, None, block_size)  # [B, N, H, K, Vd]
 
-    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        """Causal depthwise convolution and SiLU of [..., kernel - 1 + T, conv_dim] rows that carry their history."""
-        tokens = x.shape[-2] - self.kernel + 1
-        weight = self.conv1d.weight.squeeze(1)
-        output = x[..., :tokens, :] * weight[:, 0]
-        for tap in range(1, self.kernel):
-            output = output + x[..., tap : tap + tokens, :] * weight[:, tap]
-        return F.silu(output)
+        def of_blocks(x: torch.Tensor) -> torch.Tensor:
+            """[B, N, ...] -> [B * M, ...], the noisy blocks that are read."""
+            index = streams.noisy_blocks.expand(len(x), -1)
+            return x[torch.arange(len(x), device=x.device)[:, None], index].flatten(0, 1)
+
+        def blocks(x: torch.Tensor) -> torch.Tensor:
+            """[B, num_noisy, D] -> [B * M, L, D]."""
+            return x[:, :split].unflatten(1, (-1, block_size)).flatten(0, 1)
+
+        # the `history` clean rows before each block: row n * block_size of `padded` is the first of block n's
+        before = [of_blocks(padded.unfold(1, history, block_size).mT)] if history else []
+        inputs = self._heads(self.conv1d(torch.cat((*before, blocks(mixed)), 1)), blocks(beta), blocks(g))
+        noisy_output, _, _ = gated_delta_rule(inputs, of_blocks(states))
+        return torch.cat((noisy_output.unflatten(0, (len(mixed), -1)).flatten(1, 2), clean_output), 1)
 
     def _heads(self, mixed: torch.Tensor, beta: torch.Tensor, g: torch.Tensor) -> DeltaRuleInputs:
         q, k, v = mixed.split((self.key_dim, self.key_dim, self.value_dim), -1)
@@ -254,24 +263,28 @@ class ArcLMModel(ArcLMPreTrainedModel):
         past_key_values: ArcLMCache | None = None,
         use_cache: bool | None = None,
         block_size: int | None = None,
+        needed: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
     ) -> ArcLMModelOutput:
-        """Read one or both streams. For the arguments see `ArcLMForDiffusionLM.forward`."""
+        """Read one or both streams.
+
+        For the arguments see `ArcLMForDiffusionLM.forward`. With both streams, `needed` [B, T] bool limits the noisy
+        stream to the blocks that hold a True; the hidden states of the others are 0.
+        """
         block_size = self.config.block_size if block_size is None else block_size
         cache = past_key_values
         if use_cache and cache is None and noisy_input_ids is None:
             cache = ArcLMCache(len(self.layers))
-        self._check(input_ids, noisy_input_ids, cache, block_size)
+        self._check(input_ids, noisy_input_ids, cache, block_size, needed)
         commit = cache is not None and noisy_input_ids is None and use_cache is not False
 
-        rows = [ids for ids in (noisy_input_ids, input_ids) if ids is not None]  # x_t first
-        order, token_mask = left_align(attention_mask, rows[0])
-        if order is not None:
-            rows = [ids.gather(1, order) for ids in rows]
-        hidden_states = self.embed_tokens(torch.cat(rows, 1))
-        num_noisy = 0 if noisy_input_ids is None else rows[0].shape[1]
-        streams = Streams.of(self.config, hidden_states, num_noisy, block_size, token_mask, cache)
+        dtype = self.embed_tokens.weight.dtype
+        ids, streams = Streams.of(
+            input_ids, noisy_input_ids, attention_mask, block_size=block_size, cache=cache, needed=needed
+        )
+        streams = streams.for_layers(self.config, cache, dtype)
         access = None if cache is None else CacheAccess(cache, commit)
+        hidden_states = self.embed_tokens(ids)
         layer_inputs = []
         for layer in self.layers:
             if output_hidden_states:
@@ -279,31 +292,24 @@ class ArcLMModel(ArcLMPreTrainedModel):
             hidden_states = layer(hidden_states, streams, access)
         hidden_states = self.norm(hidden_states)
 
-        noisy, clean = hidden_states[:, :num_noisy], hidden_states[:, num_noisy:]
-        predictive = noisy if num_noisy else clean
-        if num_noisy and self.config.right_shift_logits:
-            predictive = shift_right(noisy, clean, cache, block_size)
+        noisy, clean = hidden_states.split((streams.num_noisy, ids.shape[1] - streams.num_noisy), 1)
+        own = noisy if streams.num_noisy else clean
+        shifted = self.config.right_shift_logits and streams.num_noisy
+        predictive = shift_right(noisy, clean, streams, cache) if shifted else own
         if commit:
-            cache.advance(token_mask, clean)
-
-        def restore(x: torch.Tensor) -> torch.Tensor | None:
-            """Back to the caller's columns; `None` for a stream that was not read."""
-            if not x.shape[1]:
-                return None
-            return x if order is None else x.gather(1, order.argsort(1)[..., None].expand_as(x))
-
-        own = slice(0, num_noisy) if num_noisy else slice(None)
+            cache.advance(streams.token_mask, clean)
+        if output_hidden_states:
+            own_columns = slice(0, streams.num_noisy or None)
+            layer_inputs = tuple(streams.to_caller(x[:, own_columns]) for x in (*layer_inputs, hidden_states))
         return ArcLMModelOutput(
-            last_hidden_state=restore(hidden_states[:, own]),
-            clean_last_hidden_state=restore(clean),
-            predictive_hidden_state=restore(predictive),
+            last_hidden_state=streams.to_caller(own),
+            clean_last_hidden_state=streams.to_caller(clean) if clean.shape[1] else None,
+            predictive_hidden_state=streams.to_caller(predictive),
             past_key_values=cache,
-            hidden_states=tuple(restore(x[:, own]) for x in (*layer_inputs, hidden_states))
-            if output_hidden_states
-            else None,
+            hidden_states=layer_inputs or None,
         )
 
-    def _check(self, input_ids, noisy_input_ids, cache: ArcLMCache | None, block_size: int) -> None:
+    def _check(self, input_ids, noisy_input_ids, cache: ArcLMCache | None, block_size: int, needed) -> None:
         """Raise a ValueError that says what is allowed."""
         if input_ids is None and noisy_input_ids is None:
             raise ValueError("Neither input_ids nor noisy_input_ids was given. Pass one of them, or both to train.")
@@ -314,6 +320,8 @@ class ArcLMModel(ArcLMPreTrainedModel):
         ids = input_ids if noisy_input_ids is None else noisy_input_ids
         if ids.ndim != 2 or not ids.numel():
             raise ValueError(f"Token ids must be [batch, tokens] with at least one token, got {list(ids.shape)}.")
+        if needed is not None and needed.shape != ids.shape:
+            raise ValueError(f"labels must be {list(ids.shape)}, one per token, got {list(needed.shape)}.")
         if input_ids is not None and noisy_input_ids is not None:
             if input_ids.shape != noisy_input_ids.shape:
                 raise ValueError(
@@ -404,6 +412,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
             past_key_values=past_key_values,
             use_cache=use_cache,
             block_size=block_size,
+            needed=None if labels is None else labels != -100,
             output_hidden_states=output_hidden_states,
         )
         output = ArcLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)

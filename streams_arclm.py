@@ -26,54 +26,118 @@ class Streams(NamedTuple):
             . . . . | C C C C
 
     Fields:
-        num_noisy: 0 (clean only), all columns (a denoising step), or half of them (both streams, [x_t ; x_0]).
+        num_noisy: columns of the noisy stream: 0 (clean only), all (a denoising step), or with both streams those of
+            the noisy blocks that are read, always whole blocks.
         block_size: tokens per block.
+        noisy_blocks: [B or 1, M] with both streams, the index of each noisy block, ascending.
+        position_ids: [B or 1, columns].
+        order: [B, T], the caller's column that each aligned column comes from; `None` without padding.
+        token_mask: [B, T] bool of the aligned rows, True for tokens, False for padding, which is on the right; `None`
+            without padding.
         cos, sin: [B or 1, columns, rotary_dim] rotary embedding.
         attention_mask: [B or 1, 1, columns, context + columns], True (0.0 for eager attention) where a query may
             attend to a key; `None` where every query may attend to every key.
-        token_mask: [B, T] bool, True for tokens, False for padding, always on the right; `None` without padding.
     """
 
     num_noisy: int
     block_size: int
-    cos: torch.Tensor
-    sin: torch.Tensor
-    attention_mask: torch.Tensor | None
+    noisy_blocks: torch.Tensor | None
+    position_ids: torch.Tensor
+    order: torch.Tensor | None
     token_mask: torch.Tensor | None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
 
     @classmethod
     def of(
         cls,
-        config,
-        hidden_states: torch.Tensor,
-        num_noisy: int,
+        input_ids: torch.Tensor | None,
+        noisy_input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        *,
         block_size: int,
-        token_mask: torch.Tensor | None,
-        cache: ArcLMCache | None,
-    ) -> "Streams":
-        """Lay out hidden_states [B, columns, D] after the context in `cache`."""
-        columns = hidden_states.shape[1]
-        tokens = num_noisy or columns
-        position_ids = torch.arange(tokens, device=hidden_states.device)[None]  # [B or 1, T]
+        cache: ArcLMCache | None = None,
+        needed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, "Streams"]:
+        """Lay out one or both streams [B, T] after the context in `cache`; returns ids [B, columns] and the layout.
+
+        `needed` [B, T] bool limits the noisy stream to the blocks that hold a True.
+        """
+        ids = input_ids if noisy_input_ids is None else noisy_input_ids
+        tokens = ids.shape[1]
+        order, token_mask = left_align(attention_mask, ids)
+        columns = _align(ids, order)
+        position_ids = torch.arange(tokens, device=ids.device)[None]
         if cache is not None and cache.lengths is not None:
             position_ids = position_ids + cache.lengths[:, None]
-        if columns > tokens:
-            position_ids = torch.cat((position_ids, position_ids), 1)
-        noisy = torch.arange(columns, device=hidden_states.device) < num_noisy
-        mask = _attention_mask(position_ids, noisy, block_size, config.context_attention == "causal")
-        if token_mask is not None:  # a padding query keeps itself, for a softmax over nothing is NaN
-            keys = token_mask.repeat(1, columns // tokens)[:, None]
-            mask = mask & keys | torch.eye(columns, dtype=torch.bool, device=mask.device)
+        if input_ids is None or noisy_input_ids is None:
+            return columns, cls(tokens if input_ids is None else 0, block_size, None, position_ids, order, token_mask)
+
+        blocks = needed_blocks(_align(needed, order), tokens, block_size, ids.device)
+        noisy = (blocks[..., None] * block_size + torch.arange(block_size, device=ids.device)).flatten(1)
+        columns = F.pad(columns, (0, -tokens % block_size)).gather(1, noisy.expand(len(ids), -1))
+        columns = torch.cat((columns, _align(input_ids, order)), 1)  # [x_t ; x_0]
+        position_ids = torch.cat((noisy, position_ids.expand(len(noisy), -1)), 1)
+        return columns, cls(noisy.shape[1], block_size, blocks, position_ids, order, token_mask)
+
+    def for_layers(self, config, cache: ArcLMCache | None, dtype: torch.dtype) -> "Streams":
+        """Add what the attention layers need: rotary embedding and mask, in the dtype of the hidden states."""
+        cos, sin = _rotary(config, self.position_ids, dtype)
+        columns = self.position_ids.shape[1]
+        one_stream = self.num_noisy == columns or (self.num_noisy == 0 and config.context_attention == "block_causal")
+        padding = self.token_mask is not None or (cache is not None and cache.token_mask is not None)
+        if one_stream and columns <= self.block_size and not padding:  # a block sees all of itself and of its context
+            return self._replace(cos=cos, sin=sin)
+
+        noisy = torch.arange(columns, device=cos.device) < self.num_noisy
+        mask = _attention_mask(self.position_ids, noisy, self.block_size, config.context_attention == "causal")
+        keys, tokens = self.token_mask, columns - self.num_noisy
+        if 0 < tokens < columns and (keys is not None or tokens % self.block_size):
+            # the noisy stream has whole blocks, the last of which may go beyond the row
+            keys = mask.new_ones(1, tokens) if keys is None else keys
+            noisy_keys = self.position_ids[:, : self.num_noisy] < keys.sum(1, keepdim=True)
+            rows = max(len(noisy_keys), len(keys))
+            keys = torch.cat((noisy_keys.expand(rows, -1), keys.expand(rows, -1)), 1)
+        if keys is not None:  # a padding query keeps itself, for a softmax over nothing is NaN
+            mask = mask & keys[:, None] | torch.eye(columns, dtype=torch.bool, device=mask.device)
         if cache is not None and cache.num_columns:
             context = mask.new_ones(1, 1, cache.num_columns) if cache.token_mask is None else cache.token_mask[:, None]
             rows = max(len(mask), len(context))
             mask = torch.cat((context.expand(rows, columns, -1), mask.expand(rows, -1, -1)), -1)
-        mask = None if _all_visible(config, columns, num_noisy, block_size, token_mask, cache) else mask[:, None]
-        if mask is not None and config._attn_implementation == "eager":  # eager attention adds its mask to the scores
-            mask = torch.zeros_like(mask, dtype=hidden_states.dtype).masked_fill(
-                ~mask, torch.finfo(hidden_states.dtype).min
-            )
-        return cls(num_noisy, block_size, *_rotary(config, position_ids, hidden_states.dtype), mask, token_mask)
+        mask = mask[:, None]
+        if config._attn_implementation == "eager":  # eager attention adds its mask to the scores
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return self._replace(cos=cos, sin=sin, attention_mask=mask)
+
+    def to_caller(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states of one stream, noisy or clean, in the caller's columns [B, T, D]; 0 where not read."""
+        tokens = self.position_ids.shape[1] - self.num_noisy or self.num_noisy
+        if hidden_states.shape[1] != tokens:  # some of the noisy blocks, or a last one that goes beyond the row
+            batch, num_noisy, dim = hidden_states.shape
+            index = self.position_ids[:, :num_noisy, None].expand(batch, -1, dim)
+            whole = hidden_states.new_zeros(batch, -(-tokens // self.block_size) * self.block_size, dim)
+            hidden_states = whole.scatter(1, index, hidden_states)[:, :tokens]
+        if self.order is None:
+            return hidden_states
+        return hidden_states.gather(1, self.order.argsort(1)[..., None].expand_as(hidden_states))
+
+
+def _align(x: torch.Tensor | None, order: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None or order is None else x.gather(1, order)
+
+
+def needed_blocks(needed: torch.Tensor | None, tokens: int, block_size: int, device) -> torch.Tensor:
+    """Indices [B or 1, M] of the noisy blocks to read: all, or those with a True in needed [B, T].
+
+    M is the largest number of such blocks in a row; rows with fewer read others as well.
+    """
+    num_blocks = -(-tokens // block_size)
+    if needed is None:
+        return torch.arange(num_blocks, device=device)[None]
+    blocks = F.pad(needed, (0, num_blocks * block_size - tokens)).unflatten(1, (num_blocks, block_size)).any(-1)
+    most = max(1, int(blocks.sum(1).max()))
+    return blocks.int().argsort(dim=1, descending=True, stable=True)[:, :most].sort(1).values
 
 
 def _attention_mask(position_ids: torch.Tensor, noisy: torch.Tensor, block_size: int, causal: bool) -> torch.Tensor:
@@ -84,13 +148,6 @@ def _attention_mask(position_ids: torch.Tensor, noisy: torch.Tensor, block_size:
     offset_block_causal = noisy[:, None] & ~noisy & (q_block > k_block)
     context = ~noisy[:, None] & ~noisy & (q >= k if causal else q_block >= k_block)
     return block_diagonal | offset_block_causal | context
-
-
-def _all_visible(config, columns, num_noisy, block_size, token_mask, cache) -> bool:
-    """Whether the mask would be True everywhere, known from shapes alone: one block, no padding."""
-    if token_mask is not None or (cache is not None and cache.token_mask is not None) or columns > block_size:
-        return False
-    return num_noisy == columns or (num_noisy == 0 and config.context_attention == "block_causal")
 
 
 def _rotary(config, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,17 +196,18 @@ def left_align(
     return order, token_mask.gather(1, order)
 
 
-def shift_right(noisy: torch.Tensor, clean: torch.Tensor, cache: ArcLMCache | None, block_size: int) -> torch.Tensor:
-    """Hidden states [B, T, D] one position earlier; before a block's first token comes the last clean one.
+def shift_right(noisy: torch.Tensor, clean: torch.Tensor, streams: Streams, cache: ArcLMCache | None) -> torch.Tensor:
+    """Noisy hidden states [B, num_noisy, D] one position earlier; before a block comes the last clean token.
 
     The first token of a row has nothing before it and keeps its own.
     """
     previous = torch.cat((noisy[:, :1], noisy[:, :-1]), 1)
+    position_ids = streams.position_ids[:, : streams.num_noisy, None].expand(len(noisy), -1, noisy.shape[-1])
     if clean.shape[1]:
-        position = torch.arange(noisy.shape[1], device=noisy.device)
-        starts = (position % block_size == 0) & (position > 0)
-        return torch.where(starts[:, None], F.pad(clean[:, :-1], (0, 0, 1, 0)), previous)
-    if cache is not None and cache.lengths is not None:
-        first = torch.where((cache.lengths > 0)[:, None, None], cache.last_hidden_state, noisy[:, :1])
+        last = (position_ids - 1).clamp(min=0, max=clean.shape[1] - 1)
+        starts = (position_ids % streams.block_size == 0) & (position_ids > 0)
+        return torch.where(starts, clean.gather(1, last), previous)
+    if cache is not None and cache.last_hidden_state is not None:
+        first = torch.where(position_ids[:, :1] > 0, cache.last_hidden_state, noisy[:, :1])
         return torch.cat((first, previous[:, 1:]), 1)
     return previous

@@ -1,16 +1,17 @@
 """Pre-train arcLM-nano's autoregressive parent, a Qwen3.5 of about two million parameters, on the generated world.
 
-    torchrun --nproc_per_node 2 nano/pretrain.py --output_dir nano/arclm-nano-base --steps 3000 --seed 0
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 nano/pretrain.py --output_dir nano/arclm-nano-base --steps 1500
 
 One process per core (each with one thread) is faster than one process with several threads at this size. A plain
-`python nano/pretrain.py ...` works too, with half the tokens per step.
+`python nano/pretrain.py ...` works too, with half the tokens per step. A file named
+"decay" in the output directory ends a run early: the rates begin to fall, and training.json names the steps that were
+taken, so that its command repeats the run.
 """
 
 import json
 import os
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -38,7 +39,7 @@ class PretrainArguments:
     """How to train. The defaults made the kept checkpoint."""
 
     output_dir: str = field(metadata={"help": "Directory to write the model, the tokenizer and training.json to."})
-    steps: int = field(default=3000, metadata={"help": "Optimizer steps."})
+    steps: int = field(default=1500, metadata={"help": "Optimizer steps."})
     tokens_per_batch: int = field(
         default=2048, metadata={"help": "Tokens of one process in one step, padding included."}
     )
@@ -48,8 +49,8 @@ class PretrainArguments:
     )
     warmup_steps: int = field(default=50, metadata={"help": "Linear warm-up."})
     decay_steps: int = field(default=400, metadata={"help": "Steps with falling rates, at the end."})
-    eval_steps: int = field(default=500, metadata={"help": "Steps between evaluations on held-out tasks."})
-    eval_tasks: int = field(default=60, metadata={"help": "Held-out tasks per family in these evaluations."})
+    eval_steps: int = field(default=300, metadata={"help": "Steps between evaluations on held-out tasks."})
+    eval_tasks: int = field(default=24, metadata={"help": "Held-out tasks per family in these evaluations."})
     final_tasks: int = field(default=400, metadata={"help": "Held-out tasks per family for the saved checkpoint."})
     seed: int = field(default=0, metadata={"help": "Seed of the weights and of the tasks."})
 
@@ -236,7 +237,11 @@ def main() -> None:
     print_table(results, Console())
     processes = dist.get_world_size() if dist.is_initialized() else 1
     record = {
-        "command": shlex.join(["torchrun", "--nproc_per_node", str(processes), *sys.argv]),
+        # from the arguments, not from sys.argv: `steps` is the number really taken
+        "command": shlex.join(
+            ["torchrun", "--nproc_per_node", str(processes), "nano/pretrain.py"]
+            + [part for name, value in asdict(args).items() for part in (f"--{name}", str(value))]
+        ),
         "arguments": asdict(args),
         "parameters": model.num_parameters(),
         "tokens": tokens,

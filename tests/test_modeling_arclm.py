@@ -265,6 +265,30 @@ def test_labels_give_the_weighted_unshifted_loss():
     assert error(output.loss, expected) < 1e-5
 
 
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_only_noisy_blocks_with_labels_are_read_and_nothing_else_changes(shift, side):
+    """Loss and gradients equal those of a pass that reads every noisy block."""
+    batch = left_padded([tokens(1, n, seed=n)[0] for n in (75, 41, 64)])
+    if side == "right":
+        batch = {name: value.flip(1) for name, value in batch.items()}
+    x_0, is_token = batch["input_ids"], batch["attention_mask"].bool()
+    x_t = torch.where(is_token, noisy(x_0), 0)
+    labels = torch.where((x_t == MASK) & (torch.arange(75) % 40 > 24), x_0, -100)  # some blocks have none
+    model = tiny_model(block_size=8, right_shift_logits=shift)
+    with torch.enable_grad():
+        loss = model(**batch, noisy_input_ids=x_t, labels=labels).loss
+        logits = model(**batch, noisy_input_ids=x_t).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        references = torch.autograd.grad(expected, list(model.parameters()))
+    assert error(loss, expected) < 1e-5
+    assert all(error(a, b) < 1e-5 for a, b in zip(grads, references, strict=True))
+
+    states = model.model(**batch, noisy_input_ids=x_t, needed=labels != -100).last_hidden_state
+    assert (states == 0).all(-1)[is_token].any()
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     with torch.enable_grad():
         grads = []

@@ -2,7 +2,6 @@
 
 import json
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,8 +25,6 @@ from arclm.nano.world import (
 )
 
 
-ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "nano" / "arclm-nano-base"
 ALL_KINDS = [(family, kind) for family in FAMILIES for kind in KINDS[family]]
 
 

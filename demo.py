@@ -1,0 +1,123 @@
+"""The whole path in minutes on a CPU: convert arcLM-nano's parent, train it, load it, measure it, watch it denoise.
+
+    make demo                          (or: python demo.py)
+
+It runs the commands that a user would type, prints them, and leaves the model in outputs/demo/arclm-nano.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from arclm.nano.evaluate import evaluate, render_prompt
+from arclm.nano.world import FAMILIES, tasks_per_family
+
+
+ROOT = Path(__file__).resolve().parent
+PARENT, KEPT = ROOT / "nano" / "arclm-nano-base", ROOT / "nano" / "arclm-nano"
+TOKENS_PER_FORWARD = (1, 2, 4)
+
+
+@dataclass
+class DemoArguments:
+    """The whole path in minutes on a CPU."""
+
+    output_dir: str = HfArg(default="outputs/demo", help="Emptied first, then filled.")
+    max_steps: int = HfArg(default=120, help="Optimizer steps of training.")
+    tasks_per_family: int = HfArg(default=20, help="Held-out tasks per family to measure on.")
+
+
+def run(console: Console, *command: str) -> None:
+    """Print a command and run it in the repository."""
+    console.print(f"\n[bold]$ python {' '.join(command)}")
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def settings(block_size: int) -> dict[str, dict]:
+    """Name the ways to generate that are compared, with their knobs."""
+    static = {f"{k} per forward": {"max_denoising_steps": -(-block_size // k)} for k in TOKENS_PER_FORWARD}
+    return static | {"dynamic, 0.9": {"remasking_strategy": "low_confidence_dynamic"}}
+
+
+def measure(console: Console, model_dir: Path, count: int) -> None:
+    """Print exact match on held-out tasks: the parent, the model just trained, and the kept arcLM-nano."""
+    tasks = tasks_per_family("test", seed=0, count=count)
+    table = Table("model", "decoding", *FAMILIES, "tokens per forward", "seconds", title="Exact match, held-out tasks")
+
+    def add(name: str, decoding: str, model, tokenizer, **knobs) -> None:
+        start = time.perf_counter()
+        result = evaluate(model, tokenizer, tasks, batch_size=len(tasks), **knobs)
+        rates = [f"{result['families'][family]['accuracy']:.0%}" for family in FAMILIES]
+        rate = f"{result['all'].get('tokens_per_forward', 1):.2f}"
+        table.add_row(name, decoding, *rates, rate, f"{time.perf_counter() - start:.0f}")
+
+    with console.status("measuring"):
+        tokenizer = AutoTokenizer.from_pretrained(PARENT)
+        add("parent", "token by token", AutoModelForCausalLM.from_pretrained(PARENT, dtype=torch.float32), tokenizer)
+        for name, directory in (("trained just now", model_dir), ("kept arclm-nano", KEPT)):
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+            model = AutoModel.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+            for decoding, knobs in settings(model.config.block_size).items():
+                add(name, decoding, model, tokenizer, **knobs)
+    console.print(table)
+
+
+def show_denoising(console: Console, model_dir: Path) -> None:
+    """Print one held-out task of every family and, line by line, what each denoising step settled."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)
+    model = AutoModel.from_pretrained(model_dir, trust_remote_code=True, dtype=torch.float32)
+    mask_token_id = model.config.mask_token_id
+    for task in tasks_per_family("test", seed=1, count=1):
+        prompt = render_prompt(tokenizer, task)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        output = model.generate(
+            **inputs, max_new_tokens=128, do_sample=False, max_denoising_steps=4, return_dict_in_generate=True
+        )
+        console.rule(f"{task.family}: {task.prompt[-1]['content']}")
+        before = None
+        for block in output.history:
+            line = Text()
+            for i, token in enumerate(block[0].tolist()):
+                piece = "░" if token == mask_token_id else tokenizer.decode([token]).replace("\n", "⏎")
+                # a block begins with the end of the prompt or with mask tokens only
+                is_new = before is not None and before[i] == mask_token_id and token != mask_token_id
+                line.append(piece, style="bold green" if is_new else "dim" if token == mask_token_id else "")
+            console.print(line)
+            before = block[0].tolist()
+        answer = tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        speed = f"{output.tokens_per_forward[0]:.1f} tokens per forward, {output.nfe} forward passes"
+        console.print(Text(answer, style="cyan"), f"[dim]({speed})", sep="\n")
+
+
+def main() -> None:
+    """Convert, train, measure, show."""
+    args = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0]
+    console, out = Console(), Path(args.output_dir).resolve()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    converted, data, trained = (str(out / name) for name in ("converted", "train.jsonl", "arclm-nano"))
+
+    run(console, "convert_a2d.py", "--model_name_or_path", str(PARENT), "--output_dir", converted)
+    run(console, "nano/world.py", "--output_file", data, "--num_tasks", "6000", "--seed", "1")
+    command = ["train_bd3lm.py", "--model_name_or_path", converted, "--train_file", data, "--output_dir", trained]
+    command += ["--max_steps", str(args.max_steps), "--per_device_train_batch_size", "24"]
+    command += ["--gradient_accumulation_steps", "1", "--gradient_checkpointing", "false"]
+    command += ["--learning_rate", "2e-3", "--warmup_steps", "10", "--report_to", "none"]
+    run(console, *command)
+    measure(console, Path(trained), args.tasks_per_family)
+    show_denoising(console, KEPT)
+    console.print(f"\nThe model just trained is in {trained}. README.md says how to load it, and what was measured.")
+
+
+if __name__ == "__main__":
+    main()
