@@ -443,7 +443,7 @@ def main() -> None:
         args = HfArgumentParser(ConvertArguments).parse_args_into_dataclasses()[0]
         print(f"Wrote {convert_a2d(**vars(args))}")
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"convert_a2d.py: {error}")
+        sys.exit(f"convert_a2d.py: {' '.join(str(error).split())}")  # some quoted reasons have several lines
 
 
 if __name__ == "__main__":

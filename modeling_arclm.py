@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Attention, Qwen3_5MLP, Qwen3_5RMSNorm
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_arclm import ArcLMCache, CacheAccess, last_tokens
 from .configuration_arclm import ArcLMConfig
@@ -361,6 +361,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -375,7 +376,6 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         block_size: int | None = None,
         logits_to_keep: int = 0,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs,
     ) -> ArcLMOutput | tuple:
         """Read the clean stream, the noisy stream, or both.
@@ -397,7 +397,6 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
             block_size: tokens per block, the trained size if `None`.
             logits_to_keep: number of last columns to compute logits for, 0 for all.
             output_hidden_states: as in transformers, those of the stream that the logits come from.
-            return_dict: as in transformers.
             kwargs: switches of other transformers models, accepted when they are off.
 
         Raises:
@@ -421,7 +420,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
             output.logits = self.lm_head(hidden[:, -logits_to_keep:])
         else:
             output.loss = linear_cross_entropy(hidden, self.lm_head.weight, labels, loss_weights, num_items_in_batch)
-        return output.to_tuple() if return_dict is False else output
+        return output
 
 
 ArcLMForDiffusionLM.register_for_auto_class("AutoModel")

@@ -304,7 +304,7 @@ class BD3LMTrainer(Trainer):
        accumulation and processes. `compute_loss` then draws the noise and leaves only masked tokens as labels.
     2. Noise is keyed by seed, optimizer step and place in that step: batch 8 x 1 or 2 x 4, one process or two, resumed
        or not, the same rows get the same noise.
-    3. Evaluation has fixed masks, and `eval_loss` is the sum over the set / its response tokens (exact in one process).
+    3. Evaluation has fixed masks, and `eval_loss` is the sum over the set / its response tokens, exact in one process.
     """
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Tensor | int | None]:

@@ -117,7 +117,7 @@ def make_checkpoint(path: Path, tokenizer: Path) -> None:
 
 
 def measure(command: list[str]) -> tuple[dict, str]:
-    """Run a command and return its seconds and peak memory, and what it printed."""
+    """Run a command and return its time and peak memory, and what it printed."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(command, stdout=output)
@@ -128,7 +128,11 @@ def measure(command: list[str]) -> tuple[dict, str]:
     if status:
         raise SystemExit(f"{' '.join(command)} failed.")
     to_bytes = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
-    return {"seconds": round(seconds, 1), "peak_memory_mb": round(usage.ru_maxrss * to_bytes / MB)}, printed
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_memory_mb": round(usage.ru_maxrss * to_bytes / MB),
+    }, printed
 
 
 def hardware() -> dict:
@@ -149,7 +153,8 @@ def benchmark(tokenizer: Path, work_dir: str | None) -> dict:
     """Make the checkpoint, convert it twice, and return the figures."""
     results = {
         "what": "convert_a2d.py on random weights in the shapes of Qwen3.5-0.8B; MB = 10^6 bytes; a run is a process "
-        "from start to end, imports included; memory counts the pages mapped from files",
+        "from start to end, imports included, on a machine as busy as load_average_at_start says; memory counts the "
+        "pages mapped from files",
         "hardware": hardware(),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "safetensors")},
