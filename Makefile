@@ -4,6 +4,7 @@
 #   make test      the test suite on a CPU
 #   make check     lint, formatting and tests: what has to pass before a commit
 #   make format    let ruff rewrite what it can
+#   make nano-code copy the code files beside the weights of arcLM-nano, after a change to one of them
 #   make gpu       GPU tests and benchmarks, or one sentence where there is no GPU
 #
 # PYTEST_ARGS goes to pytest: make test PYTEST_ARGS="-k mask -x"
@@ -21,7 +22,7 @@ READY := $(VENV)/.ready
 RUN := $(VENV)/bin/python
 endif
 
-.PHONY: demo test check lint format gpu
+.PHONY: demo test check lint format nano-code gpu
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -40,6 +41,9 @@ lint: $(READY)
 format: $(READY)
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
+
+nano-code:
+	@for copy in nano/arclm-nano/*.py; do cp "$$(basename $$copy)" "$$copy"; done
 
 # exit status 3 is "torch works and sees no GPU"; a torch that cannot be imported is an error, not a missing GPU
 gpu: $(READY)

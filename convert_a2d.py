@@ -35,6 +35,7 @@ from transformers.hf_argparser import HfArg
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from arclm.configuration_arclm import ArcLMConfig
+from arclm.generation_bd3lm import DEFAULT_MAX_NEW_TOKENS, KNOBS
 from arclm.modeling_arclm import ArcLMForDiffusionLM
 
 
@@ -372,9 +373,7 @@ def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
     """Return the defaults of `generate`; `GenerationConfig.update` takes keywords for the names in it only."""
     vocab = tokenizer.get_vocab()
     ends = [vocab[token] for token in ("<|im_end|>", "<|endoftext|>") if token in vocab]
-    knobs = {"remasking_strategy": "low_confidence_static", "confidence_threshold": 0.9, "entropy_bound": 0.1}
-    knobs |= dict.fromkeys(("block_size", "steps", "max_denoising_steps"))
-    knobs |= {"max_new_tokens": 256, "do_sample": True, "temperature": 0.6}
+    knobs = KNOBS | {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, "do_sample": True, "temperature": 0.6}
     return GenerationConfig(**knobs, eos_token_id=ends or tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 

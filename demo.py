@@ -19,13 +19,12 @@ from rich.text import Text
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from arclm.nano.evaluate import evaluate, render_prompt
+from arclm.nano.evaluate import decodings, evaluate, render_prompt
 from arclm.nano.world import FAMILIES, tasks_per_family
 
 
 ROOT = Path(__file__).resolve().parent
 PARENT, KEPT = ROOT / "nano" / "arclm-nano-base", ROOT / "nano" / "arclm-nano"
-TOKENS_PER_FORWARD = (1, 2, 4)
 
 
 @dataclass
@@ -41,12 +40,6 @@ def run(console: Console, *command: str) -> None:
     """Print a command and run it in the repository."""
     console.print(f"\n[bold]$ python {' '.join(command)}")
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-
-
-def settings(block_size: int) -> dict[str, dict]:
-    """Name the ways to generate that are compared, with their knobs."""
-    static = {f"{k} per forward": {"max_denoising_steps": -(-block_size // k)} for k in TOKENS_PER_FORWARD}
-    return static | {"dynamic, 0.9": {"remasking_strategy": "low_confidence_dynamic"}}
 
 
 def measure(console: Console, model_dir: Path, count: int) -> None:
@@ -67,7 +60,7 @@ def measure(console: Console, model_dir: Path, count: int) -> None:
         for name, directory in (("trained just now", model_dir), ("kept arclm-nano", KEPT)):
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
             model = AutoModel.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
-            for decoding, knobs in settings(model.config.block_size).items():
+            for decoding, knobs in decodings(model.config.block_size).items():
                 add(name, decoding, model, tokenizer, **knobs)
     console.print(table)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessorList
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 
@@ -58,7 +58,9 @@ class BD3LMGenerationMixin:
         generation_config: GenerationConfig | None = None,
         streamer: Any | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         past_key_values: Any | None = None,
+        tokenizer: Any | None = None,
         **kwargs,
     ) -> torch.Tensor | BD3LMGenerateOutput:
         """Generate block by block.
@@ -80,7 +82,9 @@ class BD3LMGenerationMixin:
             generation_config: knobs, see below; the model's own if `None`.
             streamer: receives the prompt, then the new tokens of each block [n]. One row only.
             logits_processor: applied to the scores of masked positions, after those of the generation config.
+            stopping_criteria: asked after every new token in order; a row ends with the first one they stop at.
             past_key_values: the cache of an earlier call whose tokens begin this prompt.
+            tokenizer: needed for `stop_strings`.
             kwargs: any field of the generation config, and
                 - `block_size`: tokens per block, at most the trained one, the default.
                 - `steps`: denoising steps for all blocks together; ceil(steps / blocks) per block.
@@ -100,7 +104,8 @@ class BD3LMGenerationMixin:
             ValueError, TypeError: a knob or input that does not fit, with what is allowed.
         """
         config, knobs = self._generation_knobs(generation_config, kwargs)
-        run = _Run(self, input_ids, attention_mask, config, knobs, past_key_values, logits_processor)
+        run = _Run(self, input_ids, attention_mask, config, knobs, past_key_values)
+        run.set_callables(logits_processor, stopping_criteria, tokenizer)
         if streamer is not None:
             streamer.put(run.input_ids.cpu())
         # 2. Prefill
@@ -164,9 +169,10 @@ class _Run:
         starts: [B] position of the current block in each row.
         ends: [B] number of tokens up to and with the end token, `limits` where there is none yet.
         finished: [B] bool.
+        checked: number of new tokens that the stopping criteria have seen.
     """
 
-    def __init__(self, model, input_ids, attention_mask, config, knobs, cache, logits_processor):
+    def __init__(self, model, input_ids, attention_mask, config, knobs, cache):
         self.model, self.config, self.knobs, self.cache = model, config, knobs, cache
         self.mask_token_id, self.block_size = model.config.mask_token_id, knobs["block_size"]
         _check_prompt(input_ids, attention_mask)
@@ -199,18 +205,27 @@ class _Run:
         self.was_masked = self.ids == self.mask_token_id
         self.starts = self.was_masked.int().argmax(1) // self.block_size * self.block_size
         self.ends, self.finished = self.limits.clone(), torch.zeros_like(self.limits, dtype=torch.bool)
-        self.row_steps, self.nfe, self.history = torch.zeros_like(self.limits), 0, []
+        self.row_steps, self.nfe, self.history, self.checked = torch.zeros_like(self.limits), 0, [], 0
         model._prepare_special_tokens(config, attention_mask is not None, device=input_ids.device, batch_size=batch)
         self.eos = config._eos_token_tensor
-        self.processors = model._get_logits_processor(
-            generation_config=config,
-            input_ids_seq_length=prompt,
-            logits_processor=LogitsProcessorList() if logits_processor is None else logits_processor,
-            device=input_ids.device,
-        )
         num_blocks = -(-new // self.block_size)
         per_block = self.block_size if knobs["steps"] is None else -(-knobs["steps"] // num_blocks)
         knobs["max_denoising_steps"] = min(per_block, knobs["max_denoising_steps"] or self.block_size, self.block_size)
+
+    def set_callables(self, logits_processor, stopping_criteria, tokenizer) -> None:
+        """Join those of the generation config and the caller's; lengths and end tokens are this class's own."""
+        self.processors = self.model._get_logits_processor(
+            generation_config=self.config,
+            input_ids_seq_length=self.input_ids.shape[1],
+            logits_processor=LogitsProcessorList() if logits_processor is None else logits_processor,
+            device=self.ids.device,
+        )
+        criteria = self.model._get_stopping_criteria(
+            generation_config=self.config,
+            stopping_criteria=StoppingCriteriaList() if stopping_criteria is None else stopping_criteria,
+            tokenizer=tokenizer,
+        )
+        self.criteria = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
 
     def columns(self, count: int) -> torch.Tensor:
         """[B, count] positions from the current block on."""
@@ -298,9 +313,26 @@ class _Run:
             first = columns.masked_fill(~is_end, torch.iinfo(columns.dtype).max).min(1).values + 1
             self.ends = torch.where(is_end.any(1), first, self.ends)
             self.finished |= is_end.any(1)
-        new = (columns >= self.prompt_lengths[:, None]) & (columns < self.ends[:, None]) & ~before[:, None]
         self.finished |= self.starts + self.block_size >= self.limits
+        if self.criteria:
+            self._ask_criteria()
+        new = (columns >= self.prompt_lengths[:, None]) & (columns < self.ends[:, None]) & ~before[:, None]
         return block[0][new[0]]
+
+    def _ask_criteria(self) -> None:
+        """End each row at the first new token that a criterion stops at.
+
+        Criteria see what they see in transformers: the caller's prompts and the same number of new tokens in all rows.
+        So a row that is ahead of the others waits for them, which costs it less than a block and changes no text.
+        """
+        settled = torch.where(self.finished, self.limits, self.starts + self.block_size) - self.prompt_lengths
+        for count in range(self.checked + 1, int(settled.min()) + 1):
+            ids = self.sequences(count)
+            stops = torch.stack([criterion(ids, None) for criterion in self.criteria]).any(0)
+            ends = torch.where(stops, self.prompt_lengths + count, self.ends)
+            self.ends = torch.minimum(self.ends, ends)
+            self.finished |= stops
+            self.checked = count
 
     def is_done(self) -> bool:
         return bool(self.finished.all())
@@ -311,11 +343,11 @@ class _Run:
         self.forward(input_ids=block, attention_mask=mask, use_cache=True, logits_to_keep=1)
         self.starts = torch.where(self.finished, self.starts, self.starts + self.block_size)
 
-    def sequences(self) -> torch.Tensor:
+    def sequences(self, new: int | None = None) -> torch.Tensor:
         """[B, P + new] prompts as given, mask tokens filled, then the new tokens, padded after the end."""
         prompt = self.ids[:, : self.input_ids.shape[1]].gather(1, self.order.argsort(1))
         prompt = torch.where(self.is_token, prompt, self.input_ids)
-        new = int((self.ends - self.prompt_lengths).max())
+        new = int((self.ends - self.prompt_lengths).max()) if new is None else new
         columns = self.prompt_lengths[:, None] + torch.arange(new, device=self.ids.device)
         pad = self.config._pad_token_tensor
         tokens = self.ids.gather(1, columns.clamp(max=self.ids.shape[1] - 1))

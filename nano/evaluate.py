@@ -131,6 +131,14 @@ def summarize(records: list[tuple[Task, bool, int, float | None]]) -> dict:
     return {"all": row(()), "families": families}
 
 
+def decodings(block_size: int) -> dict[str, dict]:
+    """Name the ways to generate that are compared, with their knobs: 1, 2, 4 tokens per step, and by confidence."""
+    static = {"remasking_strategy": "low_confidence_static"}
+    return {str(k): static | {"max_denoising_steps": -(-block_size // k)} for k in (1, 2, 4)} | {
+        "dynamic": {"remasking_strategy": "low_confidence_dynamic"}
+    }
+
+
 def print_table(results: dict, console: Console) -> None:
     """Print the result of `evaluate` as a table."""
     table = Table("family", "kind", "exact match", "tasks", "answer tokens", "tokens per forward")
