@@ -1,6 +1,6 @@
 """Pre-train arcLM-nano's autoregressive parent, a Qwen3.5 of about two million parameters, on the generated world.
 
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 nano/pretrain.py --output_dir nano/arclm-nano-base --steps 1500
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 nano/pretrain.py --output_dir nano/arclm-nano-base --steps 2400
 
 One process per core (each with one thread) is faster than one process with several threads at this size. A plain
 `python nano/pretrain.py ...` works too, with half the tokens per step. A file named
@@ -39,7 +39,7 @@ class PretrainArguments:
     """How to train. The defaults made the kept checkpoint."""
 
     output_dir: str = field(metadata={"help": "Directory to write the model, the tokenizer and training.json to."})
-    steps: int = field(default=1500, metadata={"help": "Optimizer steps."})
+    steps: int = field(default=2400, metadata={"help": "Optimizer steps."})
     tokens_per_batch: int = field(
         default=2048, metadata={"help": "Tokens of one process in one step, padding included."}
     )

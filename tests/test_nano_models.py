@@ -1,9 +1,11 @@
 """The kept models: whole directories that work when copied elsewhere, and the root's config.json."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from arclm.nano.build import BuildArguments, commands
 from arclm.nano.evaluate import decodings, evaluate
+from arclm.nano.pretrain import PretrainArguments
 from arclm.nano.world import tasks_per_family
 
 
@@ -25,6 +29,13 @@ def test_the_code_beside_the_weights_is_the_roots():
     assert {path.name for path in MODEL.glob("*.py")} == needed
     for name in needed:
         assert (MODEL / name).read_bytes() == (ROOT / name).read_bytes(), f"{name} is old. Run `make nano-code`."
+
+
+def test_the_defaults_of_the_scripts_made_the_kept_models():
+    made = json.loads((PARENT / "training.json").read_text())["arguments"]
+    assert made == asdict(PretrainArguments(made["output_dir"]))
+    made = json.loads((MODEL / "training.json").read_text())["commands"]
+    assert made == [f"python {shlex.join(command)}" for command in commands(BuildArguments())]
 
 
 def test_the_kept_models_are_small_and_safe():
