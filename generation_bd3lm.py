@@ -113,13 +113,12 @@ class BD3LMGenerationMixin:
         while True:
             # 3.a Start the block
             block, is_masked = run.start_block()
-            budget = is_masked.sum(1)  # [B]
             # 3.b Denoise
             for step in range(knobs["max_denoising_steps"]):
                 if not is_masked.any():
                     break
                 tokens, confidence, entropy = run.predict(block, is_masked)
-                accepted = accept_tokens(confidence, entropy, is_masked, budget, step, knobs)
+                accepted = accept_tokens(confidence, entropy, is_masked, step, knobs)
                 block, is_masked = run.settle(block, is_masked, accepted, tokens)
                 if hasattr(streamer, "put_draft"):
                     streamer.put_draft(block[0].cpu())
@@ -207,7 +206,7 @@ class _Run:
         self.ends, self.finished = self.limits.clone(), torch.zeros_like(self.limits, dtype=torch.bool)
         self.row_steps, self.nfe, self.history, self.checked = torch.zeros_like(self.limits), 0, [], 0
         model._prepare_special_tokens(config, attention_mask is not None, device=input_ids.device, batch_size=batch)
-        self.eos = config._eos_token_tensor
+        self.eos = input_ids.new_empty(0) if config._eos_token_tensor is None else config._eos_token_tensor
         num_blocks = -(-new // self.block_size)
         per_block = self.block_size if knobs["steps"] is None else -(-knobs["steps"] // num_blocks)
         knobs["max_denoising_steps"] = min(per_block, knobs["max_denoising_steps"] or self.block_size, self.block_size)
@@ -266,7 +265,8 @@ class _Run:
         Returns:
             tokens [B, L]; confidence [B, L], the model's probability of each, -1 where not masked; entropy [B, L] of
             the distributions in nats, infinite where not masked. Both are taken before the processors: how sure the
-            model is does not depend on how the caller samples.
+            model is does not depend on how the caller samples. An end token behind another proposed end token counts
+            as unsure, 0 and 1e4 nats: it comes for nothing once the first one is accepted.
         """
         logits = self.forward(noisy_input_ids=block)
         self.row_steps += is_masked.any(1)
@@ -281,17 +281,18 @@ class _Run:
         empty = torch.full_like(block, -1, dtype=probs.dtype)
         confidence = empty.masked_scatter(is_masked, probs.gather(1, chosen))
         entropy = (empty * -torch.inf).masked_scatter(is_masked, torch.special.entr(probs).sum(-1))
-        return tokens, confidence, entropy
+        is_end = self._is_end(tokens, ~is_masked)
+        again = is_end & (is_end.cumsum(1) > 1)
+        return tokens, confidence.masked_fill(again, 0.0), entropy.masked_fill(again, 1e4)
 
     def settle(self, block, is_masked, accepted, tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the accepted tokens into the block [B, L]; what follows a settled end token becomes end tokens."""
         block, is_masked = torch.where(accepted, tokens, block), is_masked & ~accepted
-        if self.eos is not None:
-            is_end = self._is_end(block, is_masked)
-            last_end = torch.where(is_end, block, -1).cummax(1).values
-            after_end = is_masked & (is_end.cumsum(1) > 0)
-            # as in training, where the last block is filled with the end token
-            block, is_masked = torch.where(after_end, last_end, block), is_masked & ~after_end
+        is_end = self._is_end(block, is_masked)
+        last_end = torch.where(is_end, block, -1).cummax(1).values
+        after_end = is_masked & (is_end.cumsum(1) > 0)
+        # as in training, where the last block is filled with the end token
+        block, is_masked = torch.where(after_end, last_end, block), is_masked & ~after_end
         self.history.append(block.cpu())
         return block, is_masked
 
@@ -308,11 +309,10 @@ class _Run:
         rows = torch.arange(len(block), device=block.device)[:, None].expand_as(columns)
         self.ids[rows[writable], columns[writable]] = block[writable]
         before = self.finished.clone()
-        if self.eos is not None:
-            is_end = self._is_end(block, block == self.mask_token_id) & ~before[:, None]
-            first = columns.masked_fill(~is_end, torch.iinfo(columns.dtype).max).min(1).values + 1
-            self.ends = torch.where(is_end.any(1), first, self.ends)
-            self.finished |= is_end.any(1)
+        is_end = self._is_end(block, block == self.mask_token_id) & ~before[:, None]
+        first = columns.masked_fill(~is_end, torch.iinfo(columns.dtype).max).min(1).values
+        self.ends = torch.where(is_end.any(1), first + 1, self.ends)
+        self.finished |= is_end.any(1)
         self.finished |= self.starts + self.block_size >= self.limits
         if self.criteria:
             self._ask_criteria()
@@ -367,7 +367,6 @@ def accept_tokens(
     confidence: torch.Tensor,
     entropy: torch.Tensor,
     is_masked: torch.Tensor,
-    budget: torch.Tensor,
     step: int,
     knobs: dict[str, Any],
 ) -> torch.Tensor:
@@ -377,7 +376,6 @@ def accept_tokens(
         confidence: [B, L] probability of each proposed token, -1 where not masked.
         entropy: [B, L] in nats, infinite where not masked.
         is_masked: [B, L] bool.
-        budget: [B] masked positions at the first step of the block.
         step: denoising step, from 0.
         knobs: `max_denoising_steps` S, `remasking_strategy`, `confidence_threshold`, `entropy_bound`.
 
@@ -395,7 +393,7 @@ def accept_tokens(
     rank = order.argsort(1)
     if strategy in ("low_confidence_dynamic", "entropy_bound"):
         # the steps that are left must suffice for the positions that are left
-        count = -(-is_masked.sum(1) // (steps - step))
+        count = -(-is_masked.sum(1, keepdim=True) // (steps - step))
         if strategy == "low_confidence_dynamic":
             chosen = confidence > knobs["confidence_threshold"]
         else:
@@ -404,9 +402,10 @@ def accept_tokens(
             ascending = entropy.gather(1, order)
             chosen = (ascending.cumsum(1) - ascending <= knobs["entropy_bound"]).gather(1, rank)
     else:
-        count = budget // steps + (step < budget % steps)
+        # a share of the whole block, as dLLM: one that begins with the end of the prompt takes fewer steps
+        count = confidence.shape[1] // steps + (step < confidence.shape[1] % steps)
         chosen = torch.zeros_like(is_masked)
-    return (chosen | (rank < count[:, None])) & is_masked
+    return (chosen | (rank < count)) & is_masked
 
 
 def _check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:

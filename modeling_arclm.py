@@ -58,7 +58,7 @@ class ArcLMConv1d(nn.Conv1d):
         tokens = x.shape[-2] - kernel + 1
         output = x[..., :tokens, :] * weight[:, 0]
         for tap in range(1, kernel):
-            output = output + x[..., tap : tap + tokens, :] * weight[:, tap]
+            output = torch.addcmul(output, x[..., tap : tap + tokens, :], weight[:, tap])
         return F.silu(output)
 
 

@@ -117,6 +117,12 @@ def test_static_accepts_the_same_number_of_tokens_at_every_step_the_most_confide
     assert output.tokens_per_forward.tolist() == [2.0]
 
 
+def test_static_takes_fewer_steps_for_a_block_that_begins_with_the_prompt():
+    model = scripted([10, 11, 12, 13])
+    output = greedy(model, tokens(1, 6), max_new_tokens=2, max_denoising_steps=2)
+    assert [int((block == MASK).sum()) for block in output.history] == [0]
+
+
 def test_dynamic_accepts_what_is_above_the_threshold_and_always_one():
     model = scripted([10, 11, 12, 13], confidence=(1.0, 9.0, 2.0, 9.5))
     output = greedy(
@@ -183,6 +189,17 @@ def test_a_row_stops_at_an_end_token_in_the_middle_of_a_block():
     output = greedy(model, tokens(1, 8), max_new_tokens=16)
     assert output.sequences[0, 8:].tolist() == [10, 11, 12, 13, 14, EOS]
     assert output.nfe == 1 + 4 + 1 + 2  # prefill, block, commit, two steps up to the end token
+
+
+@pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic", "entropy_bound"])
+def test_the_end_tokens_that_fill_a_block_cost_no_step(strategy):
+    """They come for nothing with the first one, even where the model is surest of the last."""
+    text, confidence = [10, 11] + [EOS] * 6, (3.0, 2.0, 1.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    output = greedy(
+        scripted(text, confidence, block_size=8), tokens(1, 8), max_new_tokens=20, remasking_strategy=strategy
+    )
+    assert output.sequences[0, 8:].tolist() == [10, 11, EOS]
+    assert [int((block == MASK).sum()) for block in output.history] == [7, 6, 0]
 
 
 def test_an_end_token_does_not_stop_before_everything_in_front_of_it_is_settled():
@@ -339,14 +356,13 @@ MODELS = {
 def test_every_position_is_accepted_once_within_the_steps(confidence, steps, threshold, strategy):
     scores = torch.tensor([confidence])
     is_masked = torch.ones_like(scores, dtype=torch.bool)
-    budget = is_masked.sum(1)
     knobs = {"max_denoising_steps": steps, "remasking_strategy": strategy, "confidence_threshold": threshold}
     knobs["entropy_bound"] = threshold
     for step in range(steps):
         if not is_masked.any():
             break
         entropy = (1 - scores).masked_fill(~is_masked, torch.inf)
-        accepted = accept_tokens(scores.masked_fill(~is_masked, -1.0), entropy, is_masked, budget, step, knobs)
+        accepted = accept_tokens(scores.masked_fill(~is_masked, -1.0), entropy, is_masked, step, knobs)
         assert not (accepted & ~is_masked).any()
         assert accepted.any()
         is_masked = is_masked & ~accepted
