@@ -42,8 +42,9 @@ format: $(READY)
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
-nano-code:
-	@for copy in nano/arclm-nano/*.py; do cp "$$(basename $$copy)" "$$copy"; done
+nano-code: $(READY)
+	$(RUN) -c 'import shutil; from transformers.dynamic_module_utils import get_relative_import_files as files; \
+	    [shutil.copy(file, "nano/arclm-nano") for file in {"modeling_arclm.py", *files("modeling_arclm.py")}]'
 
 # exit status 3 is "torch works and sees no GPU"; a torch that cannot be imported is an error, not a missing GPU
 gpu: $(READY)

@@ -35,8 +35,8 @@ from transformers.hf_argparser import HfArg
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from arclm.configuration_arclm import ArcLMConfig
-from arclm.generation_bd3lm import DEFAULT_MAX_NEW_TOKENS, KNOBS
 from arclm.modeling_arclm import ArcLMForDiffusionLM
+from arclm.sampling_bd3lm import DEFAULT_MAX_NEW_TOKENS, KNOBS
 
 
 MASK_TOKEN = "<|mask|>"

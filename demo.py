@@ -2,12 +2,11 @@
 
     make demo                          (or: python demo.py)
 
-It runs the commands that a user would type, prints them, and leaves the model in outputs/demo/arclm-nano.
+It runs the commands that a user would type, prints them, and leaves the model in outputs/demo/arclm-nano. The kept
+nano/arclm-nano was made by the same commands with more steps (nano/build.py).
 """
 
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,27 +18,22 @@ from rich.text import Text
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from arclm.nano.build import BuildArguments, build
 from arclm.nano.evaluate import decodings, evaluate, render_prompt
 from arclm.nano.world import FAMILIES, tasks_per_family
 
 
 ROOT = Path(__file__).resolve().parent
 PARENT, KEPT = ROOT / "nano" / "arclm-nano-base", ROOT / "nano" / "arclm-nano"
+OUT = "outputs/demo"
 
 
 @dataclass
 class DemoArguments:
     """The whole path in minutes on a CPU."""
 
-    output_dir: str = HfArg(default="outputs/demo", help="Emptied first, then filled.")
-    max_steps: int = HfArg(default=120, help="Optimizer steps of training.")
+    max_steps: int = HfArg(default=200, help="Optimizer steps of training, 32 samples each.")
     tasks_per_family: int = HfArg(default=20, help="Held-out tasks per family to measure on.")
-
-
-def run(console: Console, *command: str) -> None:
-    """Print a command and run it in the repository."""
-    console.print(f"\n[bold]$ python {' '.join(command)}")
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
 def measure(console: Console, model_dir: Path, count: int) -> None:
@@ -61,7 +55,8 @@ def measure(console: Console, model_dir: Path, count: int) -> None:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
             model = AutoModel.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
             for decoding, knobs in decodings(model.config.block_size).items():
-                add(name, decoding, model, tokenizer, **knobs)
+                label = f"{decoding} per step" if decoding.isdigit() else decoding
+                add(name, label, model, tokenizer, **knobs)
     console.print(table)
 
 
@@ -95,20 +90,12 @@ def show_denoising(console: Console, model_dir: Path) -> None:
 def main() -> None:
     """Convert, train, measure, show."""
     args = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0]
-    console, out = Console(), Path(args.output_dir).resolve()
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    converted, data, trained = (str(out / name) for name in ("converted", "train.jsonl", "arclm-nano"))
-
-    run(console, "convert_a2d.py", "--model_name_or_path", str(PARENT), "--output_dir", converted)
-    run(console, "nano/world.py", "--output_file", data, "--num_tasks", "6000", "--seed", "1")
-    command = ["train_bd3lm.py", "--model_name_or_path", converted, "--train_file", data, "--output_dir", trained]
-    command += ["--max_steps", str(args.max_steps), "--per_device_train_batch_size", "24"]
-    command += ["--gradient_accumulation_steps", "1", "--gradient_checkpointing", "false"]
-    command += ["--learning_rate", "2e-3", "--warmup_steps", "10", "--report_to", "none"]
-    run(console, *command)
-    measure(console, Path(trained), args.tasks_per_family)
-    show_denoising(console, KEPT)
+    console, trained = Console(), ROOT / OUT / "arclm-nano"
+    shutil.rmtree(ROOT / OUT, ignore_errors=True)
+    num_tasks = 32 * args.max_steps  # no task twice
+    build(BuildArguments(f"{OUT}/arclm-nano", f"{OUT}/work", max_steps=args.max_steps, num_tasks=num_tasks))
+    measure(console, trained, args.tasks_per_family)
+    show_denoising(console, trained)
     console.print(f"\nThe model just trained is in {trained}. README.md says how to load it, and what was measured.")
 
 

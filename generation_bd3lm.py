@@ -12,18 +12,9 @@ from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
+from .sampling_bd3lm import DEFAULT_MAX_NEW_TOKENS, KNOBS, accept_tokens, check_knobs, check_prompt
 
-# Knobs of block diffusion that transformers' GenerationConfig does not know, with their defaults.
-KNOBS = {
-    "block_size": None,
-    "steps": None,
-    "max_denoising_steps": None,
-    "remasking_strategy": "low_confidence_static",
-    "confidence_threshold": 0.9,
-    "entropy_bound": 0.1,
-}
-REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entropy_bound", "sequential", "random")
-DEFAULT_MAX_NEW_TOKENS = 256
+
 # Prompt tokens per prefill pass: bounds its memory, whatever the length of the prompt.
 PREFILL_TOKENS = 2048
 
@@ -153,7 +144,7 @@ class BD3LMGenerationMixin:
         knobs = {name: KNOBS[name] if value is None else value for name, value in knobs.items()}
         if knobs["block_size"] is None:
             knobs["block_size"] = self.config.block_size
-        _check_knobs(knobs, self.config.block_size)
+        check_knobs(knobs, self.config.block_size)
         if self.config.mask_token_id is None:
             raise ValueError("mask_token_id is missing from config.json. convert_a2d.py chooses one and writes it.")
         return config, knobs
@@ -174,7 +165,7 @@ class _Run:
     def __init__(self, model, input_ids, attention_mask, config, knobs, cache):
         self.model, self.config, self.knobs, self.cache = model, config, knobs, cache
         self.mask_token_id, self.block_size = model.config.mask_token_id, knobs["block_size"]
-        _check_prompt(input_ids, attention_mask)
+        check_prompt(input_ids, attention_mask, model.config)
         if config.num_return_sequences > 1:
             input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
             attention_mask = (
@@ -192,11 +183,22 @@ class _Run:
             raise ValueError(
                 f"max_length={config.max_length} leaves no room after a prompt of {prompt} tokens. Use max_new_tokens."
             )
+        num_blocks, steps = -(-new // self.block_size), knobs["steps"]
+        if steps is not None and steps < num_blocks:
+            raise ValueError(
+                f"steps={steps} is fewer than the {num_blocks} blocks of {self.block_size} for {new} new tokens. Each "
+                f"takes at least one: use steps={num_blocks} or more, or max_denoising_steps, which counts per block."
+            )
         # 1. Align the prompts left
         self.order = self.is_token.int().argsort(dim=1, descending=True, stable=True)
         self.prompt_lengths = self.is_token.sum(1)
         self.limits = self.prompt_lengths + new
-        width = -(-int(self.limits.max()) // self.block_size) * self.block_size
+        if (longest := int(self.limits.max())) > model.config.max_position_embeddings:
+            raise ValueError(
+                f"A prompt of {longest - new} tokens and {new} new ones reach beyond the "
+                f"{model.config.max_position_embeddings} positions of this model. Shorten one of them."
+            )
+        width = -(-longest // self.block_size) * self.block_size
         self.ids = torch.full((batch, max(width, prompt)), self.mask_token_id, device=input_ids.device)
         self.ids[:, :prompt] = input_ids.gather(1, self.order)
         column = torch.arange(self.ids.shape[1], device=input_ids.device)
@@ -207,8 +209,7 @@ class _Run:
         self.row_steps, self.nfe, self.history, self.checked = torch.zeros_like(self.limits), 0, [], 0
         model._prepare_special_tokens(config, attention_mask is not None, device=input_ids.device, batch_size=batch)
         self.eos = input_ids.new_empty(0) if config._eos_token_tensor is None else config._eos_token_tensor
-        num_blocks = -(-new // self.block_size)
-        per_block = self.block_size if knobs["steps"] is None else -(-knobs["steps"] // num_blocks)
+        per_block = self.block_size if steps is None else -(-steps // num_blocks)
         knobs["max_denoising_steps"] = min(per_block, knobs["max_denoising_steps"] or self.block_size, self.block_size)
 
     def set_callables(self, logits_processor, stopping_criteria, tokenizer) -> None:
@@ -272,6 +273,11 @@ class _Run:
         self.row_steps += is_masked.any(1)
         rows = is_masked.nonzero()[:, 0]  # [M], the row of each masked position
         scores = logits[is_masked].float()  # [M, V]
+        if not scores.isfinite().all():
+            raise FloatingPointError(
+                "The model gave logits that are not finite. Check its weights; in float16 they may have overflowed: "
+                "load it with dtype=torch.bfloat16 or torch.float32."
+            )
         scores[:, self.mask_token_id] = -torch.inf
         probs = scores.softmax(-1)
         context = torch.cat((self.ids[:, : int(self.starts.max())], block), 1)[rows]
@@ -361,86 +367,3 @@ class _Run:
         return BD3LMGenerateOutput(
             self.sequences(), generated / self.row_steps.clamp(min=1), self.nfe, self.cache, tuple(self.history)
         )
-
-
-def accept_tokens(
-    confidence: torch.Tensor,
-    entropy: torch.Tensor,
-    is_masked: torch.Tensor,
-    step: int,
-    knobs: dict[str, Any],
-) -> torch.Tensor:
-    """Choose which masked positions of a block to fill at this denoising step.
-
-    Args:
-        confidence: [B, L] probability of each proposed token, -1 where not masked.
-        entropy: [B, L] in nats, infinite where not masked.
-        is_masked: [B, L] bool.
-        step: denoising step, from 0.
-        knobs: `max_denoising_steps` S, `remasking_strategy`, `confidence_threshold`, `entropy_bound`.
-
-    Returns:
-        [B, L] bool, a subset of `is_masked`, with a position of every row that has one left. After S steps every
-        position of the block has been accepted.
-    """
-    strategy, steps = knobs["remasking_strategy"], knobs["max_denoising_steps"]
-    order = {  # the smallest is accepted first
-        "sequential": torch.arange(confidence.shape[1], device=confidence.device).expand_as(confidence).float(),
-        "random": torch.rand_like(confidence),
-        "entropy_bound": entropy,
-    }.get(strategy, -confidence)
-    order = order.masked_fill(~is_masked, torch.inf).argsort(dim=1, stable=True)
-    rank = order.argsort(1)
-    if strategy in ("low_confidence_dynamic", "entropy_bound"):
-        # the steps that are left must suffice for the positions that are left
-        count = -(-is_masked.sum(1, keepdim=True) // (steps - step))
-        if strategy == "low_confidence_dynamic":
-            chosen = confidence > knobs["confidence_threshold"]
-        else:
-            # EB-sampler (arXiv:2505.24857): what tokens accepted together may know of each other is at most the sum of
-            # their entropies but for the largest
-            ascending = entropy.gather(1, order)
-            chosen = (ascending.cumsum(1) - ascending <= knobs["entropy_bound"]).gather(1, rank)
-    else:
-        # a share of the whole block, as dLLM: one that begins with the end of the prompt takes fewer steps
-        count = confidence.shape[1] // steps + (step < confidence.shape[1] % steps)
-        chosen = torch.zeros_like(is_masked)
-    return (chosen | (rank < count)) & is_masked
-
-
-def _check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
-    """Raise a ValueError that names the knob, its value and what is allowed."""
-    if knobs["remasking_strategy"] not in REMASKING_STRATEGIES:
-        raise ValueError(
-            f"remasking_strategy={knobs['remasking_strategy']!r} is unknown. "
-            f"Choose one of {', '.join(REMASKING_STRATEGIES)}."
-        )
-    if not 1 <= knobs["block_size"] <= trained_block_size:
-        raise ValueError(
-            f"block_size={knobs['block_size']} is outside [1, {trained_block_size}], up to the trained size."
-        )
-    for name in ("steps", "max_denoising_steps"):
-        if knobs[name] is not None and knobs[name] < 1:
-            raise ValueError(f"{name}={knobs[name]} must be at least 1.")
-    if not 0 <= knobs["confidence_threshold"] <= 1:
-        raise ValueError(
-            f"confidence_threshold={knobs['confidence_threshold']} is outside [0, 1]. "
-            "It is a probability: 0.9 is safe, lower is faster."
-        )
-    if not knobs["entropy_bound"] >= 0:
-        raise ValueError(f"entropy_bound={knobs['entropy_bound']} must be at least 0 (nats).")
-
-
-def _check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-    """Raise a ValueError unless every row of the prompt has a token."""
-    if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
-        got = "None" if input_ids is None else list(input_ids.shape)
-        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {got}.")
-    if attention_mask is None:
-        return
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must be {list(input_ids.shape)} like input_ids, got {list(attention_mask.shape)}."
-        )
-    if not attention_mask.any(1).all():
-        raise ValueError("A row of attention_mask has no token. Give every prompt at least one.")

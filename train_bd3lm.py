@@ -373,11 +373,12 @@ class DataArguments:
 
 def parse_args(argv: list[str] | None) -> tuple[DataArguments, TrainingArguments]:
     """Read the command line; the card's run and what the hardware has are the defaults."""
-    has_gpu = torch.cuda.is_available()
-    has_bf16 = has_gpu and torch.cuda.is_bf16_supported()
+    has_bf16 = (has_gpu := torch.cuda.is_available()) and torch.cuda.is_bf16_supported()
     report_to = "tensorboard" if find_spec("tensorboard") else "none"
     parser = HfArgumentParser((DataArguments, TrainingArguments), description=__doc__)
     parser.set_defaults(**CARD_RUN, bf16=has_bf16, report_to=report_to, dataloader_pin_memory=has_gpu)
+    # without it, processes of torchrun that find no GPU would each train a model of their own
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     # transformers 5.23 prefers activation_checkpointing, which older ones do not have
     warnings.filterwarnings("ignore", message="`gradient_checkpointing`", category=FutureWarning)
     data_args, args = parser.parse_args_into_dataclasses(argv)

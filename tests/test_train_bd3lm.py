@@ -297,13 +297,7 @@ def test_a_dataset_without_messages_names_its_columns(tmp_path, monkeypatch):
 
 def make_trainer(config, samples, folder, **options) -> bd3lm.BD3LMTrainer:
     """A trainer whose single step of plain gradient descent with rate 1 leaves the gradient as the difference."""
-    step = {
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 1.0,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-    }
+    step = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0}
     step |= {"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     args = TrainingArguments(folder, remove_unused_columns=False, dataloader_pin_memory=False, **{**step, **options})
     collator = partial(collate, pad_token_id=config.pad_token_id)
@@ -385,6 +379,7 @@ def test_the_defaults_are_the_run_of_the_card(tmp_path):
     assert (data_args.max_length, args.gradient_checkpointing) == (2048, True)
     assert args.optim.startswith("adamw")
     assert bd3lm.parse_args([*argv, "--gradient_checkpointing", "false"])[1].gradient_checkpointing is False
+    assert args.use_cpu == (not torch.accelerator.is_available())  # or torchrun would train a model per process
 
 
 def test_a_model_that_was_not_converted_is_named(tmp_path):

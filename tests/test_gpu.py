@@ -1,0 +1,46 @@
+"""The same numbers on a GPU as on a CPU. Run by `make gpu`."""
+
+import pytest
+import torch
+from conftest import MASK, tiny_model, tokens
+from reference import blockwise_logits
+
+
+pytestmark = pytest.mark.gpu
+
+
+def noisy_pair() -> tuple[torch.Tensor, torch.Tensor]:
+    x_0 = tokens(2, 75)
+    return x_0, x_0.masked_fill(torch.rand(x_0.shape, generator=torch.Generator().manual_seed(5)) < 0.5, MASK)
+
+
+@torch.no_grad()
+def test_logits_and_rule_e1_on_a_gpu():
+    x_0, x_t = noisy_pair()
+    model = tiny_model()
+    expected = model(x_0, noisy_input_ids=x_t).logits
+    model, x_0, x_t = model.cuda(), x_0.cuda(), x_t.cuda()
+    one_pass = model(x_0, noisy_input_ids=x_t).logits
+    assert (one_pass.cpu() - expected).abs().max() < 1e-3
+    assert (one_pass - blockwise_logits(model, x_0, x_t)).abs().max() < 1e-3
+
+
+def test_gradients_on_a_gpu():
+    x_0, x_t = noisy_pair()
+    labels = torch.where(x_t == MASK, x_0, -100)
+    grads = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model().to(device)
+        model(x_0.to(device), noisy_input_ids=x_t.to(device), labels=labels.to(device)).loss.backward()
+        grads.append([p.grad.cpu() for p in model.parameters()])
+    assert all((a - b).abs().max() < 1e-3 for a, b in zip(*grads, strict=True))
+
+
+def test_bfloat16_trains_and_generates_on_a_gpu():
+    x_0, x_t = (x.cuda() for x in noisy_pair())
+    model = tiny_model().cuda().bfloat16()
+    model(x_0, noisy_input_ids=x_t, labels=torch.where(x_t == MASK, x_0, -100)).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    greedy = [model.generate(x_0, max_new_tokens=20, do_sample=False) for _ in range(2)]
+    assert torch.equal(*greedy)
+    assert not (greedy[0] == MASK).any()

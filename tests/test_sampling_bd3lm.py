@@ -1,0 +1,85 @@
+"""The rule that accepts tokens, and what the sampler says to bad input."""
+
+import pytest
+import torch
+from conftest import tiny_model, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arclm.sampling_bd3lm import REMASKING_STRATEGIES, accept_tokens
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    confidence=st.lists(st.floats(0, 1), min_size=1, max_size=9),
+    steps=st.integers(1, 9),
+    threshold=st.floats(0, 1),
+    strategy=st.sampled_from(REMASKING_STRATEGIES),
+)
+def test_every_position_is_accepted_once_within_the_steps(confidence, steps, threshold, strategy):
+    scores = torch.tensor([confidence])
+    is_masked = torch.ones_like(scores, dtype=torch.bool)
+    knobs = {"max_denoising_steps": steps, "remasking_strategy": strategy, "confidence_threshold": threshold}
+    knobs["entropy_bound"] = threshold
+    for step in range(steps):
+        if not is_masked.any():
+            break
+        entropy = (1 - scores).masked_fill(~is_masked, torch.inf)
+        accepted = accept_tokens(scores.masked_fill(~is_masked, -1.0), entropy, is_masked, step, knobs)
+        assert not (accepted & ~is_masked).any()
+        assert accepted.any()
+        is_masked = is_masked & ~accepted
+    assert not is_masked.any()
+
+
+# Bad input
+
+BAD = {
+    r"remasking_strategy='best' is unknown": {"remasking_strategy": "best"},
+    r"block_size=17 is outside \[1, 16\]": {"block_size": 17},
+    r"block_size=0 is outside \[1, 16\]": {"block_size": 0},
+    "steps=0 must be at least 1": {"steps": 0},
+    "entropy_bound=-1 must be at least 0": {"entropy_bound": -1},
+    r"confidence_threshold=1.5 is outside \[0, 1\]": {"confidence_threshold": 1.5},
+    "leaves no room after a prompt of 8 tokens": {"max_length": 8},
+    "steps=2 is fewer than the 3 blocks of 16 for 33 new tokens.*steps=3 or": {"steps": 2, "max_new_tokens": 33},
+    "8 tokens and 4089 new ones reach beyond the 4096 positions": {"max_new_tokens": 4089},
+    r"attention_mask must be \[2, 8\]": {"attention_mask": torch.ones(2, 7)},
+    "A row of attention_mask has no token": {"attention_mask": torch.tensor([[1] * 8, [0] * 8])},
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_knobs_get_a_sentence(sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model().generate(tokens(2, 8), **BAD[sentence])
+
+
+def test_misspelled_knobs_are_refused():
+    with pytest.raises(TypeError, match="unknown arguments blok_size"):
+        tiny_model().generate(tokens(1, 8), blok_size=4)
+
+
+def test_a_prompt_is_needed():
+    with pytest.raises(ValueError, match=r"input_ids must be .* got None"):
+        tiny_model().generate()
+
+
+@pytest.mark.parametrize("bad", [-1, 97])
+def test_an_id_outside_the_vocabulary_is_named(bad):
+    ids = tokens(2, 8)
+    ids[1, 3] = bad
+    with pytest.raises(ValueError, match=rf"has the id {bad}, outside the vocabulary \[0, 97\)"):
+        tiny_model().generate(ids)
+
+
+def test_logits_that_are_not_finite_are_not_sampled_from():
+    model = tiny_model()
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"not finite\. Check its weights"):
+        model.generate(tokens(1, 8), max_new_tokens=4)
+
+
+def test_a_missing_mask_token_id_is_named():
+    with pytest.raises(ValueError, match=r"mask_token_id is missing from config\.json"):
+        tiny_model(mask_token_id=None).generate(tokens(1, 8))
