@@ -132,7 +132,7 @@ def convert_a2d(model_name_or_path: str | os.PathLike, output_dir: str | os.Path
             write_weights(tensors, mask, tmp, progress)
             # 3. Write the rest
             config.save_pretrained(tmp)
-            generation_config(tokenizer).save_pretrained(tmp)
+            generation_config(tokenizer, mask.vocab_size).save_pretrained(tmp)
             modeling = inspect.getfile(ArcLMForDiffusionLM)
             for file in {modeling, *get_relative_import_files(modeling)}:
                 shutil.copyfile(file, tmp / Path(file).name)
@@ -369,12 +369,14 @@ def add_mask_token(tokenizer: PreTrainedTokenizerFast, vocab_size: int, mask_tok
     return MaskToken(tokenizer.mask_token_id, vocab_size, fill=is_new and mask_token_init == "mean")
 
 
-def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+def generation_config(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GenerationConfig:
     """Return the defaults of `generate`; `GenerationConfig.update` takes keywords for the names in it only."""
     vocab = tokenizer.get_vocab()
-    ends = [vocab[token] for token in ("<|im_end|>", "<|endoftext|>") if token in vocab]
+    ends = [vocab[token] for token in ("<|im_end|>", "<|endoftext|>") if token in vocab] or tokenizer.eos_token_id
     knobs = KNOBS | {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, "do_sample": True, "temperature": 0.6}
-    return GenerationConfig(**knobs, eos_token_id=ends or tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    knobs |= {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    unused = {*range(vocab_size)} - {*vocab.values()}  # rows of the embedding without a token
+    return GenerationConfig(**knobs, suppress_tokens=sorted(unused) or None)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, src: Path, tmp: Path) -> None:
@@ -387,9 +389,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, src: Path, tmp: Path) -> 
     same = type(loaded) is type(tokenizer) and pre_tokenizer(loaded) == pre_tokenizer(tokenizer)
     if not same or any(loaded.encode(text) != tokenizer.encode(text) for text in SAMPLES):
         what = f"The saved {type(tokenizer).__name__} comes back as a different {type(loaded).__name__}"
-        raise RuntimeError(
-            f'{what}. Set tokenizer_class to "TokenizersBackend" in the tokenizer_config.json of {src}.'
-        )
+        how = f'Set tokenizer_class to "TokenizersBackend" in the tokenizer_config.json of {src}.'
+        raise RuntimeError(f"{what}. {how}")
 
 
 def verify_tensors(tensors: dict[str, SourceTensor], mask: MaskToken, tmp: Path, progress: tqdm) -> None:

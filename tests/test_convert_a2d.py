@@ -218,10 +218,9 @@ def test_options_reach_the_result(src, tmp_path):
 def test_generation_config_names_every_knob_so_that_generate_takes_it(converted):
     knobs = json.loads((converted["text"] / "generation_config.json").read_text())
     del knobs["transformers_version"]
-    expected = {"remasking_strategy": "low_confidence_static", "confidence_threshold": 0.9, "entropy_bound": 0.1}
-    expected |= {"do_sample": True, "temperature": 0.6, "eos_token_id": [END, PAD], "pad_token_id": PAD}
-    assert knobs == expected | {"max_new_tokens": 256, "block_size": None, "steps": None, "max_denoising_steps": None}
-    assert not GenerationConfig.from_pretrained(converted["text"]).update(**dict.fromkeys(knobs, 1))
+    expected = module.KNOBS | {"do_sample": True, "temperature": 0.6, "max_new_tokens": 256, "pad_token_id": PAD}
+    assert knobs == expected | {"eos_token_id": [END, PAD], "suppress_tokens": [*range(REAL + 1, VOCAB)]}
+    assert not GenerationConfig.from_pretrained(converted["text"]).update(**knobs)
 
 
 def test_the_tokenizer_comes_back_the_same_with_a_mask_token(src, tmp_path):
