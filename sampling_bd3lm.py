@@ -18,6 +18,20 @@ REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entr
 DEFAULT_MAX_NEW_TOKENS = 256
 
 
+def static_schedule(block_size: int, steps: int) -> list[int]:
+    """How many tokens of a block the static strategies accept at each step: those left over the steps left, rounded.
+
+    dLLM's linear schedule, without the steps whose share rounds to 0. A block that begins with the end of the prompt
+    follows it too and takes fewer steps.
+    """
+    t = torch.tensor([step / steps for step in range(steps + 1)])
+    t = 1 - (1 - t)  # as dLLM computes it: the rounding of float32 decides the ties
+    counts = []
+    for step in range(steps, 0, -1):
+        counts.append(round((block_size - sum(counts)) * (1 - (t[step - 1] / t[step]).item())))
+    return [count for count in counts if count]
+
+
 def accept_tokens(
     confidence: torch.Tensor,
     entropy: torch.Tensor,
@@ -57,8 +71,7 @@ def accept_tokens(
             ascending = entropy.gather(1, order)
             chosen = (ascending.cumsum(1) - ascending <= knobs["entropy_bound"]).gather(1, rank)
     else:
-        # a share of the whole block, as dLLM: one that begins with the end of the prompt takes fewer steps
-        count = confidence.shape[1] // steps + (step < confidence.shape[1] % steps)
+        count = static_schedule(confidence.shape[1], steps)[step]
         chosen = torch.zeros_like(is_masked)
     return (chosen | (rank < count)) & is_masked
 

@@ -6,7 +6,7 @@ from conftest import tiny_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arclm.sampling_bd3lm import REMASKING_STRATEGIES, accept_tokens
+from arclm.sampling_bd3lm import REMASKING_STRATEGIES, accept_tokens, static_schedule
 
 
 @settings(max_examples=200, deadline=None)
@@ -30,6 +30,17 @@ def test_every_position_is_accepted_once_within_the_steps(confidence, steps, thr
         assert accepted.any()
         is_masked = is_masked & ~accepted
     assert not is_masked.any()
+
+
+def test_the_static_schedule_is_dllms():
+    """Where the rounding of ties shows; benchmarks/dllm_parity.py runs dLLM itself."""
+    assert static_schedule(16, 4) == [4] * 4
+    assert static_schedule(4, 3) == [1, 1, 2]
+    assert static_schedule(16, 11) == [1, 2, 1, 2, 1, 1, 2, 2, 1, 1, 2]
+    for block_size in range(1, 65):
+        for steps in range(1, block_size + 1):
+            assert sum(static_schedule(block_size, steps)) == block_size
+            assert len(static_schedule(block_size, steps)) <= steps
 
 
 # Bad input
