@@ -71,7 +71,8 @@ class BD3LMGenerationMixin:
                 filled in place.
             attention_mask: [B, P], 1 for tokens; all tokens if `None`.
             generation_config: knobs, see below; the model's own if `None`.
-            streamer: receives the prompt, then the new tokens of each block [n]. One row only.
+            streamer: receives the prompt, then the new tokens of each block [n], and with `put_draft` [n] after each
+                denoising step, mask tokens among them. One row only.
             logits_processor: applied to the scores of masked positions, after those of the generation config.
             stopping_criteria: asked after every new token in order; a row ends with the first one they stop at.
             past_key_values: the cache of an earlier call whose tokens begin this prompt.
@@ -112,7 +113,7 @@ class BD3LMGenerationMixin:
                 accepted = accept_tokens(confidence, entropy, is_masked, step, knobs)
                 block, is_masked = run.settle(block, is_masked, accepted, tokens)
                 if hasattr(streamer, "put_draft"):
-                    streamer.put_draft(block[0].cpu())
+                    streamer.put_draft(run.new_tokens(block).cpu())
             # 3.c Stream
             new_tokens = run.finish_block(block)
             if streamer is not None:
@@ -322,8 +323,12 @@ class _Run:
         self.finished |= self.starts + self.block_size >= self.limits
         if self.criteria:
             self._ask_criteria()
-        new = (columns >= self.prompt_lengths[:, None]) & (columns < self.ends[:, None]) & ~before[:, None]
-        return block[0][new[0]]
+        return self.new_tokens(block) if not before[0] else block[0][:0]
+
+    def new_tokens(self, block: torch.Tensor) -> torch.Tensor:
+        """[n] ids of the block that are part of the first row's answer."""
+        columns = self.columns(self.block_size)[0]
+        return block[0][(columns >= self.prompt_lengths[0]) & (columns < self.ends[0])]
 
     def _ask_criteria(self) -> None:
         """End each row at the first new token that a criterion stops at.

@@ -303,7 +303,8 @@ def test_the_streamer_gets_the_prompt_then_each_block_and_the_drafts():
     # the first block begins with two tokens of the prompt: they are not given again
     assert streamer.puts == [tokens(1, 10).tolist(), [12, 13], [14, EOS]]
     assert streamer.ended
-    assert streamer.drafts[-1][:2] == [14, EOS]
+    assert [draft for draft in streamer.drafts if MASK not in draft] == [[12, 13], [14, EOS, EOS, EOS]]
+    assert len(streamer.drafts) == 2 + 2
     assert output[0, 10:].tolist() == [12, 13, 14, EOS]
 
 
