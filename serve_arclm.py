@@ -2,9 +2,9 @@
 
     python serve_arclm.py DIR [options of `transformers serve`]
 
-The server of transformers looks a model's class up by name among its own, where one with remote code never is. This starts
-the same server with a loader that asks `AutoModelForCausalLM`. Our knobs travel in the body of a request as the string
-field `generation_config`, for example '{"max_denoising_steps": 16}'.
+The server of transformers looks a model's class up by name among its own, where one with remote code never is. This
+starts the same server with a loader that asks `AutoModelForCausalLM`. Our knobs travel in the body of a request as the
+string field `generation_config`, for example '{"max_denoising_steps": 16}'.
 """
 
 import sys
