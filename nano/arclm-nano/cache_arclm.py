@@ -1,0 +1,86 @@
+"""The cache of a hybrid model under block diffusion: written by commits, read by denoising steps."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class ArcLMCache:
+    """What the committed (clean) tokens of a batch leave behind, layer by layer.
+
+    A commit writes it, a denoising step reads it. Rows may hold different numbers of tokens.
+
+    Fields:
+        keys, values: per full-attention layer [B, Hkv, S, head_dim], rotated, in the model dtype; `None` elsewhere.
+        conv_states: per linear-attention layer [B, kernel - 1, conv_dim], the last inputs of the convolution.
+        recurrent_states: per linear-attention layer [B, H, K, Vd] float32, the delta-rule memory S.
+        lengths: [B] committed tokens of each row.
+        token_mask: [B, S] bool, which columns of keys and values are tokens; `None` where all are.
+        last_hidden_state: [B, 1, D] final hidden state of the last committed token.
+    """
+
+    def __init__(self, num_layers: int):
+        self.keys: list[torch.Tensor | None] = [None] * num_layers
+        self.values: list[torch.Tensor | None] = [None] * num_layers
+        self.conv_states: list[torch.Tensor | None] = [None] * num_layers
+        self.recurrent_states: list[torch.Tensor | None] = [None] * num_layers
+        self.lengths: torch.Tensor | None = None
+        self.token_mask: torch.Tensor | None = None
+        self.last_hidden_state: torch.Tensor | None = None
+        self.num_columns = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Committed tokens of the longest row."""
+        return 0 if self.lengths is None else int(self.lengths.max())
+
+    def check(self, batch_size: int, config) -> None:
+        """Raise ValueError unless the cache was made by a model of this `config` for `batch_size` rows."""
+        if len(self.keys) != config.num_hidden_layers:
+            raise ValueError(
+                f"past_key_values has {len(self.keys)} layers, this model {config.num_hidden_layers}. "
+                "A cache can only be used by the model that made it."
+            )
+        if self.lengths is not None and len(self.lengths) != batch_size:
+            raise ValueError(
+                f"past_key_values holds {len(self.lengths)} rows, the input {batch_size}. Use one row per cached row."
+            )
+
+    def advance(self, token_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> None:
+        """Record a commit of the tokens that `token_mask` [B, T] marks, with their final hidden states [B, T, D]."""
+        batch, tokens, _ = hidden_states.shape
+        every = torch.ones(batch, tokens, dtype=torch.bool, device=hidden_states.device)
+        if self.token_mask is not None or token_mask is not None:
+            old = every[:, :1].expand(-1, self.num_columns) if self.token_mask is None else self.token_mask
+            self.token_mask = torch.cat((old, every if token_mask is None else token_mask), 1)
+        lengths = (every if token_mask is None else token_mask).sum(1)
+        last = last_tokens(F.pad(hidden_states, (0, 0, 1, 0)), 1, token_mask)
+        if self.last_hidden_state is not None:  # a row without new tokens keeps its own
+            last = torch.where((lengths > 0)[:, None, None], last, self.last_hidden_state)
+        self.last_hidden_state = last
+        self.lengths = lengths if self.lengths is None else self.lengths + lengths
+        self.num_columns += tokens
+
+
+class CacheAccess(NamedTuple):
+    """The cache as the layers of one forward pass see it: `commit` says whether they may write."""
+
+    cache: ArcLMCache
+    commit: bool
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the context and the new tokens. `Qwen3_5Attention` calls it."""
+        if self.cache.keys[layer_idx] is not None:
+            key = torch.cat((self.cache.keys[layer_idx], key), 2)
+            value = torch.cat((self.cache.values[layer_idx], value), 2)
+        if self.commit:
+            self.cache.keys[layer_idx], self.cache.values[layer_idx] = key, value
+        return key, value
+
+
+def last_tokens(x: torch.Tensor, count: int, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """The last `count` rows before the padding: [B, count, D] of x [B, count + T, D], whose last T rows are masked."""
+    if token_mask is None:
+        return x[:, x.shape[1] - count :].clone()  # a view would keep all of x in memory
+    index = token_mask.sum(1, keepdim=True) + torch.arange(count, device=x.device)  # [B, count]
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,374 @@
+"""Block-diffusion sampling: `generate` fills one block of mask tokens after the other (BD3-LM, arXiv:2503.09573).
+
+The sampler knows the model only through its forward pass: `input_ids` commits tokens to the cache, `noisy_input_ids`
+reads one block over it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.utils import ModelOutput
+
+from .sampling_bd3lm import DEFAULT_MAX_NEW_TOKENS, KNOBS, accept_tokens, check_knobs, check_prompt
+
+
+# Prompt tokens per prefill pass: bounds its memory, whatever the length of the prompt.
+PREFILL_TOKENS = 2048
+
+
+@dataclass
+class BD3LMGenerateOutput(ModelOutput):
+    """What `generate` returns with `return_dict_in_generate=True`.
+
+    Fields:
+        sequences: [B, prompt + new] token ids, the prompt first, padded on the right after an end token.
+        tokens_per_forward: [B] float, generated tokens up to and with the end token per denoising step of the row.
+        nfe: all forward passes of the batch: prefill, denoising steps and commits.
+        past_key_values: the cache of all complete blocks that were committed.
+        history: one [B, block_size] tensor of ids per denoising step, the block after the step, on the CPU.
+    """
+
+    sequences: torch.Tensor | None = None
+    tokens_per_forward: torch.Tensor | None = None
+    nfe: int | None = None
+    past_key_values: Any | None = None
+    history: tuple[torch.Tensor, ...] | None = None
+
+
+class BD3LMGenerationMixin:
+    """`generate` for a model with a clean and a noisy stream."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: Any | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        past_key_values: Any | None = None,
+        tokenizer: Any | None = None,
+        **kwargs,
+    ) -> torch.Tensor | BD3LMGenerateOutput:
+        """Generate block by block.
+
+        1. Align the prompts left; blocks are counted from the first token of each row.
+        2. Prefill: commit the complete blocks of the prompt.
+        3. Until every row has produced an end token or its number of tokens:
+           a. start the block as the rest of the prompt plus mask tokens;
+           b. denoise: forward, accept some tokens, until none is masked;
+           c. hand the new tokens to the streamer;
+           d. commit the block, if there is another one.
+
+        2, 3.b and 3.d are the only forward passes.
+
+        Args:
+            input_ids: [B, P] prompts, padded on the left where they differ in length. Mask tokens in a prompt are
+                filled in place.
+            attention_mask: [B, P], 1 for tokens; all tokens if `None`.
+            generation_config: knobs, see below; the model's own if `None`.
+            streamer: receives the prompt, then the new tokens of each block [n], and with `put_draft` [n] after each
+                denoising step, mask tokens among them. One row only.
+            logits_processor: applied to the scores of masked positions, after those of the generation config.
+            stopping_criteria: asked after every new token in order; a row ends with the first one they stop at.
+            past_key_values: the cache of an earlier call whose tokens begin this prompt.
+            tokenizer: needed for `stop_strings`.
+            kwargs: any field of the generation config, and
+                - `block_size`: tokens per block, at most the trained one, the default.
+                - `steps`: denoising steps for all blocks together; ceil(steps / blocks) per block.
+                - `max_denoising_steps`: denoising steps per block, block_size by default.
+                - `remasking_strategy`: `low_confidence_static` accepts the same number of tokens at every step, the
+                  most confident ones; `low_confidence_dynamic` all above `confidence_threshold`; `entropy_bound` the
+                  most certain ones up to `entropy_bound`; `sequential` as static, from left to right; `random` as
+                  static, in random order. Each accepts at least one. (Nothing is masked again: the name is the
+                  field's.)
+                - `confidence_threshold`: in [0, 1], a probability. Higher is slower and safer. 0.9 by default.
+                - `entropy_bound`: >= 0, in nats. Higher is faster. 0.1 by default.
+
+        Returns:
+            [B, P + new] ids, or `BD3LMGenerateOutput` with `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError, TypeError: a knob or input that does not fit, with what is allowed.
+        """
+        config, knobs = self._generation_knobs(generation_config, kwargs)
+        run = _Run(self, input_ids, attention_mask, config, knobs, past_key_values)
+        run.set_callables(logits_processor, stopping_criteria, tokenizer)
+        if streamer is not None:
+            streamer.put(run.input_ids.cpu())
+        # 2. Prefill
+        run.prefill()
+        while True:
+            # 3.a Start the block
+            block, is_masked = run.start_block()
+            # 3.b Denoise
+            for step in range(knobs["max_denoising_steps"]):
+                if not is_masked.any():
+                    break
+                tokens, confidence, entropy = run.predict(block, is_masked)
+                accepted = accept_tokens(confidence, entropy, is_masked, step, knobs)
+                block, is_masked = run.settle(block, is_masked, accepted, tokens)
+                if hasattr(streamer, "put_draft"):
+                    streamer.put_draft(run.new_tokens(block).cpu())
+            # 3.c Stream
+            new_tokens = run.finish_block(block)
+            if streamer is not None:
+                streamer.put(new_tokens.cpu())
+            # 3.d Commit
+            if run.is_done():
+                break
+            run.commit(block)
+        if streamer is not None:
+            streamer.end()
+        return run.output() if config.return_dict_in_generate else run.sequences()
+
+    def _generation_knobs(self, generation_config: GenerationConfig | None, kwargs: dict) -> tuple:
+        """Merge arguments, generation config and defaults; returns the config and our knobs, checked."""
+        ours = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
+        explicit_length = "max_length" in kwargs and kwargs.get("max_new_tokens") is None
+        config, unknown = self._prepare_generation_config(generation_config, **kwargs)
+        unknown = sorted(name for name, value in unknown.items() if value is not None)
+        if unknown:
+            raise TypeError(
+                f"generate() got unknown arguments {', '.join(unknown)}. "
+                f"Choose among the fields of GenerationConfig and {', '.join(KNOBS)}."
+            )
+        if explicit_length:  # what the caller says goes before what generation_config.json says
+            config.max_new_tokens = None
+        elif config.max_new_tokens is None:
+            config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+        knobs = {name: ours.get(name, getattr(config, name, None)) for name in KNOBS}
+        knobs = {name: KNOBS[name] if value is None else value for name, value in knobs.items()}
+        if knobs["block_size"] is None:
+            knobs["block_size"] = self.config.block_size
+        check_knobs(knobs, self.config.block_size)
+        if self.config.mask_token_id is None:
+            raise ValueError("mask_token_id is missing from config.json. convert_a2d.py chooses one and writes it.")
+        return config, knobs
+
+
+class _Run:
+    """The rows of one call of `generate`, aligned left.
+
+    Fields:
+        ids: [B, W] prompts, settled tokens and mask tokens; column = position.
+        prompt_lengths, limits: [B] number of prompt tokens, and of tokens after which the row stops.
+        starts: [B] position of the current block in each row.
+        ends: [B] number of tokens up to and with the end token, `limits` where there is none yet.
+        finished: [B] bool.
+        checked: number of new tokens that the stopping criteria have seen.
+    """
+
+    def __init__(self, model, input_ids, attention_mask, config, knobs, cache):
+        self.model, self.config, self.knobs, self.cache = model, config, knobs, cache
+        self.mask_token_id, self.block_size = model.config.mask_token_id, knobs["block_size"]
+        check_prompt(input_ids, attention_mask, model.config)
+        if config.num_return_sequences > 1:
+            input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
+            attention_mask = (
+                None
+                if attention_mask is None
+                else attention_mask.repeat_interleave(len(input_ids) // len(attention_mask), 0)
+            )
+        self.input_ids = input_ids
+        self.is_token = (
+            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
+        batch, prompt = input_ids.shape
+        new = config.max_new_tokens if config.max_new_tokens is not None else config.max_length - prompt
+        if new < 1:
+            raise ValueError(
+                f"max_length={config.max_length} leaves no room after a prompt of {prompt} tokens. Use max_new_tokens."
+            )
+        num_blocks, steps = -(-new // self.block_size), knobs["steps"]
+        if steps is not None and steps < num_blocks:
+            raise ValueError(
+                f"steps={steps} is fewer than the {num_blocks} blocks of {self.block_size} for {new} new tokens. Each "
+                f"takes at least one: use steps={num_blocks} or more, or max_denoising_steps, which counts per block."
+            )
+        # 1. Align the prompts left
+        self.order = self.is_token.int().argsort(dim=1, descending=True, stable=True)
+        self.prompt_lengths = self.is_token.sum(1)
+        self.limits = self.prompt_lengths + new
+        if (longest := int(self.limits.max())) > model.config.max_position_embeddings:
+            raise ValueError(
+                f"A prompt of {longest - new} tokens and {new} new ones reach beyond the "
+                f"{model.config.max_position_embeddings} positions of this model. Shorten one of them."
+            )
+        width = -(-longest // self.block_size) * self.block_size
+        self.ids = torch.full((batch, max(width, prompt)), self.mask_token_id, device=input_ids.device)
+        self.ids[:, :prompt] = input_ids.gather(1, self.order)
+        column = torch.arange(self.ids.shape[1], device=input_ids.device)
+        self.ids[column >= self.prompt_lengths[:, None]] = self.mask_token_id
+        self.was_masked = self.ids == self.mask_token_id
+        self.starts = self.was_masked.int().argmax(1) // self.block_size * self.block_size
+        self.ends, self.finished = self.limits.clone(), torch.zeros_like(self.limits, dtype=torch.bool)
+        self.row_steps, self.nfe, self.history, self.checked = torch.zeros_like(self.limits), 0, [], 0
+        model._prepare_special_tokens(config, attention_mask is not None, device=input_ids.device, batch_size=batch)
+        self.eos = input_ids.new_empty(0) if config._eos_token_tensor is None else config._eos_token_tensor
+        per_block = self.block_size if steps is None else -(-steps // num_blocks)
+        knobs["max_denoising_steps"] = min(per_block, knobs["max_denoising_steps"] or self.block_size, self.block_size)
+
+    def set_callables(self, logits_processor, stopping_criteria, tokenizer) -> None:
+        """Join those of the generation config and the caller's; lengths and end tokens are this class's own."""
+        self.processors = self.model._get_logits_processor(
+            generation_config=self.config,
+            input_ids_seq_length=self.input_ids.shape[1],
+            logits_processor=LogitsProcessorList() if logits_processor is None else logits_processor,
+            device=self.ids.device,
+        )
+        criteria = self.model._get_stopping_criteria(
+            generation_config=self.config,
+            stopping_criteria=StoppingCriteriaList() if stopping_criteria is None else stopping_criteria,
+            tokenizer=tokenizer,
+        )
+        self.criteria = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
+
+    def columns(self, count: int) -> torch.Tensor:
+        """[B, count] positions from the current block on."""
+        return self.starts[:, None] + torch.arange(count, device=self.ids.device)
+
+    def forward(self, **inputs) -> torch.Tensor:
+        self.nfe += 1
+        output = self.model(past_key_values=self.cache, block_size=self.block_size, **inputs)
+        self.cache = output.past_key_values
+        return output.logits
+
+    def prefill(self) -> None:
+        cached = (
+            torch.zeros_like(self.starts) if self.cache is None or self.cache.lengths is None else self.cache.lengths
+        )
+        if (cached > self.starts).any():
+            raise ValueError(
+                f"past_key_values holds {cached.tolist()} tokens per row, the complete blocks of the prompts only "
+                f"{self.starts.tolist()}. Pass a prompt that continues the cached text."
+            )
+        piece = max(PREFILL_TOKENS // self.block_size, 1) * self.block_size
+        for offset in range(0, int((self.starts - cached).max()), piece):
+            columns = cached[:, None] + torch.arange(offset, offset + piece, device=self.ids.device)
+            columns = columns[:, : int((self.starts - cached).max()) - offset]
+            inside = columns < self.starts[:, None]
+            ids = self.ids.gather(1, columns.clamp(max=self.ids.shape[1] - 1))
+            self.forward(input_ids=ids, attention_mask=inside.long(), use_cache=True, logits_to_keep=1)
+
+    def start_block(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The current block [B, L] and its positions to fill [B, L] bool."""
+        columns = self.columns(self.block_size).clamp(max=self.ids.shape[1] - 1)
+        block = self.ids.gather(1, columns)
+        return block, (block == self.mask_token_id) & (columns < self.ends[:, None]) & ~self.finished[:, None]
+
+    def predict(self, block: torch.Tensor, is_masked: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Propose a token for every masked position of the block.
+
+        Returns:
+            tokens [B, L]; confidence [B, L], the model's probability of each, -1 where not masked; entropy [B, L] of
+            the distributions in nats, infinite where not masked. Both are taken before the processors: how sure the
+            model is does not depend on how the caller samples. An end token behind another proposed end token counts
+            as unsure, 0 and 1e4 nats: it comes for nothing once the first one is accepted.
+        """
+        logits = self.forward(noisy_input_ids=block)
+        self.row_steps += is_masked.any(1)
+        rows = is_masked.nonzero()[:, 0]  # [M], the row of each masked position
+        scores = logits[is_masked].float()  # [M, V]
+        if not scores.isfinite().all():
+            raise FloatingPointError(
+                "The model gave logits that are not finite. Check its weights; in float16 they may have overflowed: "
+                "load it with dtype=torch.bfloat16 or torch.float32."
+            )
+        scores[:, self.mask_token_id] = -torch.inf
+        probs = scores.softmax(-1)
+        context = torch.cat((self.ids[:, : int(self.starts.max())], block), 1)[rows]
+        scores = self.processors(context, scores)
+        chosen = torch.multinomial(scores.softmax(-1), 1) if self.config.do_sample else scores.argmax(-1, keepdim=True)
+        tokens = block.masked_scatter(is_masked, chosen)
+        empty = torch.full_like(block, -1, dtype=probs.dtype)
+        confidence = empty.masked_scatter(is_masked, probs.gather(1, chosen))
+        entropy = (empty * -torch.inf).masked_scatter(is_masked, torch.special.entr(probs).sum(-1))
+        is_end = self._is_end(tokens, ~is_masked)
+        again = is_end & (is_end.cumsum(1) > 1)
+        return tokens, confidence.masked_fill(again, 0.0), entropy.masked_fill(again, 1e4)
+
+    def settle(self, block, is_masked, accepted, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the accepted tokens into the block [B, L]; what follows a settled end token becomes end tokens."""
+        block, is_masked = torch.where(accepted, tokens, block), is_masked & ~accepted
+        is_end = self._is_end(block, is_masked)
+        last_end = torch.where(is_end, block, -1).cummax(1).values
+        after_end = is_masked & (is_end.cumsum(1) > 0)
+        # as in training, where the last block is filled with the end token
+        block, is_masked = torch.where(after_end, last_end, block), is_masked & ~after_end
+        self.history.append(block.cpu())
+        return block, is_masked
+
+    def _is_end(self, block: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
+        """[B, L] bool, generated end tokens after the prompt."""
+        columns = self.columns(self.block_size)
+        inside = (columns >= self.prompt_lengths[:, None]) & (columns < self.limits[:, None])
+        return torch.isin(block, self.eos) & ~is_masked & inside
+
+    def finish_block(self, block: torch.Tensor) -> torch.Tensor:
+        """Write the block back and look for an end; returns the new tokens of the first row [n]."""
+        columns = self.columns(self.block_size)
+        writable = (columns < self.ids.shape[1]) & ~self.finished[:, None]
+        rows = torch.arange(len(block), device=block.device)[:, None].expand_as(columns)
+        self.ids[rows[writable], columns[writable]] = block[writable]
+        before = self.finished.clone()
+        is_end = self._is_end(block, block == self.mask_token_id) & ~before[:, None]
+        first = columns.masked_fill(~is_end, torch.iinfo(columns.dtype).max).min(1).values
+        self.ends = torch.where(is_end.any(1), first + 1, self.ends)
+        self.finished |= is_end.any(1)
+        self.finished |= self.starts + self.block_size >= self.limits
+        if self.criteria:
+            self._ask_criteria()
+        return self.new_tokens(block) if not before[0] else block[0][:0]
+
+    def new_tokens(self, block: torch.Tensor) -> torch.Tensor:
+        """[n] ids of the block that are part of the first row's answer."""
+        columns = self.columns(self.block_size)[0]
+        return block[0][(columns >= self.prompt_lengths[0]) & (columns < self.ends[0])]
+
+    def _ask_criteria(self) -> None:
+        """End each row at the first new token that a criterion stops at.
+
+        Criteria see what they see in transformers: the caller's prompts and the same number of new tokens in all rows.
+        So a row that is ahead of the others waits for them, which costs it less than a block and changes no text.
+        """
+        settled = torch.where(self.finished, self.limits, self.starts + self.block_size) - self.prompt_lengths
+        for count in range(self.checked + 1, int(settled.min()) + 1):
+            ids = self.sequences(count)
+            stops = torch.stack([criterion(ids, None) for criterion in self.criteria]).any(0)
+            ends = torch.where(stops, self.prompt_lengths + count, self.ends)
+            self.ends = torch.minimum(self.ends, ends)
+            self.finished |= stops
+            self.checked = count
+
+    def is_done(self) -> bool:
+        return bool(self.finished.all())
+
+    def commit(self, block: torch.Tensor) -> None:
+        """Append the block to the cache of every row that goes on."""
+        mask = None if not self.finished.any() else (~self.finished)[:, None].expand_as(block).long()
+        self.forward(input_ids=block, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        self.starts = torch.where(self.finished, self.starts, self.starts + self.block_size)
+
+    def sequences(self, new: int | None = None) -> torch.Tensor:
+        """[B, P + new] prompts as given, mask tokens filled, then the new tokens, padded after the end."""
+        prompt = self.ids[:, : self.input_ids.shape[1]].gather(1, self.order.argsort(1))
+        prompt = torch.where(self.is_token, prompt, self.input_ids)
+        new = int((self.ends - self.prompt_lengths).max()) if new is None else new
+        columns = self.prompt_lengths[:, None] + torch.arange(new, device=self.ids.device)
+        pad = self.config._pad_token_tensor
+        tokens = self.ids.gather(1, columns.clamp(max=self.ids.shape[1] - 1))
+        if pad is not None:
+            tokens = torch.where(columns < self.ends[:, None], tokens, pad)
+        return torch.cat((prompt, tokens), 1)
+
+    def output(self) -> BD3LMGenerateOutput:
+        column = torch.arange(self.ids.shape[1], device=self.ids.device)
+        generated = (self.was_masked & (column < self.ends[:, None])).sum(1)
+        return BD3LMGenerateOutput(
+            self.sequences(), generated / self.row_steps.clamp(min=1), self.nfe, self.cache, tuple(self.history)
+        )

@@ -1,0 +1,429 @@
+"""arcLM: Qwen3.5 that denoises blocks of tokens.
+
+Just like `transformers.models.qwen3_5`, with three differences:
+
+1. A token is read in one of two streams. The clean stream x_0 holds settled tokens and is Qwen3.5's own, but for
+   `context_attention="block_causal"`, where a token also attends to the rest of its block. The noisy stream x_t holds
+   blocks being denoised: a noisy token attends to its own noisy block in both directions and to the CLEAN tokens of
+   earlier blocks (`Streams`).
+2. In a linear-attention layer every noisy block starts from its boundary state: what the clean tokens before the block
+   leave in the recurrence and in the convolution. No noisy token ever enters the state (`ArcLMGatedDeltaNet`).
+3. The cache is written by commits, passes over clean tokens, and only read by denoising steps (`ArcLMCache`).
+
+Everything else, names of weights included, is Qwen3.5's: a converted checkpoint differs by one embedding row.
+Sampling is in `generation_bd3lm.py`, noise and training in `train_bd3lm.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Attention, Qwen3_5MLP, Qwen3_5RMSNorm
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .cache_arclm import ArcLMCache, CacheAccess, last_tokens
+from .configuration_arclm import ArcLMConfig
+from .gated_delta_rule import DeltaRuleInputs, gated_delta_rule
+from .generation_bd3lm import BD3LMGenerationMixin
+from .linear_cross_entropy import linear_cross_entropy
+from .streams_arclm import Streams, shift_right
+
+
+class ArcLMRMSNormGated(nn.Module):
+    """RMSNorm, then a SiLU gate, as `Qwen3_5RMSNormGated`."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Normalise and gate the last dimension of `hidden_states`, both arguments [..., hidden_size]."""
+        x = hidden_states.float()
+        x = (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)).to(hidden_states.dtype)
+        return (self.weight * x * F.silu(gate.float())).to(hidden_states.dtype)
+
+
+class ArcLMConv1d(nn.Conv1d):
+    """Causal depthwise convolution and SiLU, channels last; the rows carry their history, so nothing is padded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve [..., kernel - 1 + T, channels] to [..., T, channels]."""
+        kernel, weight = self.kernel_size[0], self.weight.squeeze(1)
+        tokens = x.shape[-2] - kernel + 1
+        output = x[..., :tokens, :] * weight[:, 0]
+        for tap in range(1, kernel):
+            output = torch.addcmul(output, x[..., tap : tap + tokens, :], weight[:, tap])
+        return F.silu(output)
+
+
+class ArcLMGatedDeltaNet(nn.Module):
+    """Gated DeltaNet mixer with the weights of `Qwen3_5GatedDeltaNet`; the caller owns the state."""
+
+    def __init__(self, config: ArcLMConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_k_dim, self.head_v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self.key_dim = self.head_k_dim * config.linear_num_key_heads
+        self.value_dim = self.head_v_dim * config.linear_num_value_heads
+        self.kernel = config.linear_conv_kernel_dim
+        conv_dim = 2 * self.key_dim + self.value_dim
+        self.conv1d = ArcLMConv1d(conv_dim, conv_dim, self.kernel, groups=conv_dim, bias=False)
+        self.dt_bias = nn.Parameter(torch.ones(config.linear_num_value_heads))
+        self.A_log = nn.Parameter(torch.zeros(config.linear_num_value_heads))
+        self.norm = ArcLMRMSNormGated(self.head_v_dim, config.rms_norm_eps)
+        self.in_proj_qkv = nn.Linear(config.hidden_size, conv_dim, bias=False)
+        self.in_proj_z = nn.Linear(config.hidden_size, self.value_dim, bias=False)
+        self.in_proj_b = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
+        self.in_proj_a = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
+        self.out_proj = nn.Linear(self.value_dim, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
+        """Mix the columns [B, columns, D] of one or both streams; commits write the boundary state to the cache."""
+        mixed = self.in_proj_qkv(hidden_states)
+        beta = self.in_proj_b(hidden_states).sigmoid()
+        # float32: exp(A_log) and the sum of many small g lose too much in bfloat16
+        g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias.float())
+        if streams.token_mask is not None and not streams.num_noisy:  # padding must leave the state as it is
+            beta, g = beta * streams.token_mask[..., None], g * streams.token_mask[..., None]
+
+        if 0 < streams.num_noisy < mixed.shape[1]:
+            output = self._two_streams(mixed, beta, g, streams)
+        else:
+            output = self._one_stream(mixed, beta, g, streams, access)
+
+        gate = self.in_proj_z(hidden_states).unflatten(-1, (-1, self.head_v_dim))
+        return self.out_proj(self.norm(output, gate).flatten(2))
+
+    def _one_stream(self, mixed, beta, g, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
+        """Clean tokens, or one noisy block, after the context in the cache."""
+        history = access.cache.conv_states[self.layer_idx] if access is not None else None
+        state = access.cache.recurrent_states[self.layer_idx] if access is not None else None
+        if history is None:
+            history = mixed.new_zeros(mixed.shape[0], self.kernel - 1, mixed.shape[-1])
+        padded = torch.cat((history, mixed), 1)
+        output, state, _ = gated_delta_rule(self._heads(self.conv1d(padded), beta, g), state)
+        if access is not None and access.commit:
+            access.cache.conv_states[self.layer_idx] = last_tokens(padded, self.kernel - 1, streams.token_mask)
+            access.cache.recurrent_states[self.layer_idx] = state
+        return output
+
+    def _two_streams(self, mixed, beta, g, streams: Streams) -> torch.Tensor:
+        """The clean stream, then the noisy blocks as a batch of their own, each from its boundary state."""
+        split, block_size, history = streams.num_noisy, streams.block_size, self.kernel - 1
+        padded = F.pad(mixed[:, split:], (0, 0, history, 0))
+        inputs = self._heads(self.conv1d(padded), beta[:, split:], g[:, split:])
+        clean_output, _, states = gated_delta_rule(inputs, None, block_size)  # [B, N, H, K, Vd]
+
+        def of_blocks(x: torch.Tensor) -> torch.Tensor:
+            """[B, N, ...] -> [B * M, ...], the noisy blocks that are read."""
+            index = streams.noisy_blocks.expand(len(x), -1)
+            return x[torch.arange(len(x), device=x.device)[:, None], index].flatten(0, 1)
+
+        def blocks(x: torch.Tensor) -> torch.Tensor:
+            """[B, num_noisy, D] -> [B * M, L, D]."""
+            return x[:, :split].unflatten(1, (-1, block_size)).flatten(0, 1)
+
+        # the `history` clean rows before each block: row n * block_size of `padded` is the first of block n's
+        before = [of_blocks(padded.unfold(1, history, block_size).mT)] if history else []
+        inputs = self._heads(self.conv1d(torch.cat((*before, blocks(mixed)), 1)), blocks(beta), blocks(g))
+        noisy_output, _, _ = gated_delta_rule(inputs, of_blocks(states))
+        return torch.cat((noisy_output.unflatten(0, (len(mixed), -1)).flatten(1, 2), clean_output), 1)
+
+    def _heads(self, mixed: torch.Tensor, beta: torch.Tensor, g: torch.Tensor) -> DeltaRuleInputs:
+        q, k, v = mixed.split((self.key_dim, self.key_dim, self.value_dim), -1)
+        k_heads, v_heads = (-1, self.head_k_dim), (-1, self.head_v_dim)
+        return DeltaRuleInputs(q.unflatten(-1, k_heads), k.unflatten(-1, k_heads), v.unflatten(-1, v_heads), g, beta)
+
+
+class ArcLMDecoderLayer(GradientCheckpointingLayer):
+    """Qwen3.5's layer: a mixer (linear or full attention), then an MLP, each with its norm and residual."""
+
+    def __init__(self, config: ArcLMConfig, layer_idx: int):
+        super().__init__()
+        self.is_linear = config.layer_types[layer_idx] == "linear_attention"
+        if self.is_linear:
+            self.linear_attn = ArcLMGatedDeltaNet(config, layer_idx)
+        else:
+            self.self_attn = Qwen3_5Attention(config, layer_idx)
+        self.mlp = Qwen3_5MLP(config, config.intermediate_size)
+        self.input_layernorm = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
+        """Map hidden states [B, columns, D] to hidden states of the same shape."""
+        normed = self.input_layernorm(hidden_states)
+        if self.is_linear:
+            mixed = self.linear_attn(normed, streams, access)
+        else:
+            # is_causal=False: the mask says it all, and without one every key is visible
+            mixed, _ = self.self_attn(
+                normed, (streams.cos, streams.sin), streams.attention_mask, past_key_values=access, is_causal=False
+            )
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@dataclass
+class ArcLMModelOutput(ModelOutput):
+    """Hidden states [B, T, D] of one forward pass.
+
+    Fields:
+        last_hidden_state: of the noisy stream where there is one, else of the clean stream.
+        clean_last_hidden_state: of the clean stream; `None` in a denoising step.
+        predictive_hidden_state: what the logits come from: `last_hidden_state`, one position earlier in the noisy
+            stream under `right_shift_logits`.
+        past_key_values: the cache, where one was given or asked for.
+        hidden_states: with `output_hidden_states`, the input of each layer and the last hidden state, of the stream
+            that `last_hidden_state` belongs to.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    clean_last_hidden_state: torch.Tensor | None = None
+    predictive_hidden_state: torch.Tensor | None = None
+    past_key_values: ArcLMCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class ArcLMOutput(ModelOutput):
+    """What `ArcLMForDiffusionLM` returns.
+
+    Fields:
+        loss: [] float32, where `labels` were given.
+        logits: [B, T, V]; `None` where `labels` were given, because they would not fit.
+        past_key_values, hidden_states: see `ArcLMModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: ArcLMCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class ArcLMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the classes below."""
+
+    config_class = ArcLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ArcLMDecoderLayer"]
+    _skip_keys_device_placement = ["access", "past_key_values"]
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["A_log", "linear_attn.norm"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ArcLMGatedDeltaNet):
+            init.ones_(module.dt_bias)
+            # decays e^-0.01 to e^-16 per token, as Qwen3.5; away from 0, whose logarithm is -inf
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(0.01, 16).log_())
+        elif isinstance(module, Qwen3_5RMSNorm):
+            init.zeros_(module.weight)  # it multiplies by 1 + weight
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs) -> Any:
+        """Load as `PreTrainedModel.from_pretrained`, and refuse a checkpoint that does not hold every weight.
+
+        Raises:
+            ValueError: weights are missing: the parent would fill them with random numbers and only warn.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} weights of {cls.__name__}, among "
+                f"them {min(info['missing_keys'])}. Convert a Qwen3.5 checkpoint with convert_a2d.py first."
+            )
+        return (model, info) if output_loading_info else model
+
+
+class ArcLMModel(ArcLMPreTrainedModel):
+    """Embedding, layers and final norm over the clean stream, the noisy stream, or both."""
+
+    def __init__(self, config: ArcLMConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(ArcLMDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        noisy_input_ids: torch.Tensor | None = None,
+        past_key_values: ArcLMCache | None = None,
+        use_cache: bool | None = None,
+        block_size: int | None = None,
+        needed: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> ArcLMModelOutput:
+        """Read one or both streams.
+
+        For the arguments see `ArcLMForDiffusionLM.forward`. With both streams, `needed` [B, T] bool limits the noisy
+        stream to the blocks that hold a True; the hidden states of the others are 0.
+        """
+        block_size = self.config.block_size if block_size is None else block_size
+        cache = past_key_values
+        if use_cache and cache is None and noisy_input_ids is None:
+            cache = ArcLMCache(len(self.layers))
+        self._check(input_ids, noisy_input_ids, cache, block_size, needed)
+        commit = cache is not None and noisy_input_ids is None and use_cache is not False
+
+        dtype = self.embed_tokens.weight.dtype
+        ids, streams = Streams.of(
+            input_ids, noisy_input_ids, attention_mask, block_size=block_size, cache=cache, needed=needed
+        )
+        streams = streams.for_layers(self.config, cache, dtype)
+        access = None if cache is None else CacheAccess(cache, commit)
+        hidden_states = self.embed_tokens(ids)
+        layer_inputs = []
+        for layer in self.layers:
+            if output_hidden_states:
+                layer_inputs.append(hidden_states)
+            hidden_states = layer(hidden_states, streams, access)
+        hidden_states = self.norm(hidden_states)
+
+        noisy, clean = hidden_states.split((streams.num_noisy, ids.shape[1] - streams.num_noisy), 1)
+        own = noisy if streams.num_noisy else clean
+        shifted = self.config.right_shift_logits and streams.num_noisy
+        predictive = shift_right(noisy, clean, streams, cache) if shifted else own
+        if commit:
+            cache.advance(streams.token_mask, clean)
+        if output_hidden_states:
+            own_columns = slice(0, streams.num_noisy or None)
+            layer_inputs = tuple(streams.to_caller(x[:, own_columns]) for x in (*layer_inputs, hidden_states))
+        return ArcLMModelOutput(
+            last_hidden_state=streams.to_caller(own),
+            clean_last_hidden_state=streams.to_caller(clean) if clean.shape[1] else None,
+            predictive_hidden_state=streams.to_caller(predictive),
+            past_key_values=cache,
+            hidden_states=layer_inputs or None,
+        )
+
+    def _check(self, input_ids, noisy_input_ids, cache: ArcLMCache | None, block_size: int, needed) -> None:
+        """Raise a ValueError that says what is allowed."""
+        if input_ids is None and noisy_input_ids is None:
+            raise ValueError("Neither input_ids nor noisy_input_ids was given. Pass one of them, or both to train.")
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(
+                f"block_size={block_size} is outside [1, {self.config.block_size}], up to the trained size."
+            )
+        ids = input_ids if noisy_input_ids is None else noisy_input_ids
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(f"Token ids must be [batch, tokens] with at least one token, got {list(ids.shape)}.")
+        if needed is not None and needed.shape != ids.shape:
+            raise ValueError(f"labels must be {list(ids.shape)}, one per token, got {list(needed.shape)}.")
+        if input_ids is not None and noisy_input_ids is not None:
+            if input_ids.shape != noisy_input_ids.shape:
+                raise ValueError(
+                    f"input_ids {list(input_ids.shape)} and noisy_input_ids {list(noisy_input_ids.shape)} must have "
+                    "the same shape: they are two views of the same rows."
+                )
+            if cache is not None:
+                raise ValueError("Two streams take no cache. Commit input_ids alone, denoise noisy_input_ids alone.")
+        elif input_ids is None and ids.shape[1] > block_size:
+            raise ValueError(
+                f"noisy_input_ids has {ids.shape[1]} tokens, a denoising step reads one block of at most "
+                f"{block_size}. Pass the block alone, or input_ids as well for all blocks in one pass."
+            )
+        if cache is None:
+            return
+        if self.training and self.gradient_checkpointing:
+            raise ValueError("A cache does not go with gradient checkpointing in training. Call model.eval() first.")
+        cache.check(ids.shape[0], self.config)
+        whole_blocks = input_ids is None or self.config.context_attention == "block_causal"
+        if whole_blocks and cache.lengths is not None and (cache.lengths % block_size).any():
+            raise ValueError(
+                f"The cache holds {cache.lengths.tolist()} tokens per row, not multiples of block_size={block_size}. "
+                "Commit whole blocks, and keep the rest of the prompt at the head of the next block."
+            )
+
+
+class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, GenerationMixin):
+    """arcLM with its language-model head: the class that `AutoModel.from_pretrained` returns."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # the loss is a sum divided by `num_items_in_batch`, so the Trainer must not divide it again
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: ArcLMConfig):
+        super().__init__(config)
+        self.model = ArcLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        noisy_input_ids: torch.Tensor | None = None,
+        past_key_values: ArcLMCache | None = None,
+        use_cache: bool | None = None,
+        labels: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        block_size: int | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> ArcLMOutput | tuple:
+        """Read the clean stream, the noisy stream, or both.
+
+        - `input_ids`: the clean stream. Logits at position i predict token i + 1, as the parent's.
+        - `input_ids, noisy_input_ids`: both streams in one pass. Noisy logits at position i predict token i.
+        - `input_ids, past_key_values` (or `use_cache=True`): prefill or commit; appends to the cache.
+        - `noisy_input_ids, past_key_values`: a denoising step on the block after the context; changes nothing.
+
+        Args:
+            input_ids: [B, T] clean token ids, x_0.
+            attention_mask: [B, T] or [B, context + T], 1 for tokens; positions and blocks count from the first one.
+            noisy_input_ids: [B, T] noisy token ids, x_t; at most one block where no `input_ids` are given.
+            past_key_values: the context, changed in place by a commit.
+            use_cache: make a cache where none is given (`True`), or leave the given one unchanged (`False`).
+            labels: [B, T] target ids, -100 for no target, compared with the logits at the same position.
+            loss_weights: [B, T] float factor of each position's cross-entropy, 1 if `None`.
+            num_items_in_batch: what the sum is divided by, the number of targets if `None`.
+            block_size: tokens per block, the trained size if `None`.
+            logits_to_keep: number of last columns to compute logits for, 0 for all.
+            output_hidden_states: as in transformers, those of the stream that the logits come from.
+            kwargs: switches of other transformers models, accepted when they are off.
+
+        Raises:
+            ValueError, TypeError: the inputs do not fit together, or an argument is unknown.
+        """
+        if unknown := sorted(name for name, value in kwargs.items() if value not in (None, False)):
+            raise TypeError(f"forward() got unknown arguments {', '.join(unknown)}.")
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            noisy_input_ids=noisy_input_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            block_size=block_size,
+            needed=None if labels is None else labels != -100,
+            output_hidden_states=output_hidden_states,
+        )
+        output = ArcLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+        hidden = outputs.predictive_hidden_state
+        if labels is None:
+            output.logits = self.lm_head(hidden[:, -logits_to_keep:])
+        else:
+            output.loss = linear_cross_entropy(hidden, self.lm_head.weight, labels, loss_weights, num_items_in_batch)
+        return output
+
+
+ArcLMForDiffusionLM.register_for_auto_class("AutoModel")
+if __package__ == "arclm":
+    AutoModel.register(ArcLMConfig, ArcLMForDiffusionLM, exist_ok=True)
+    AutoModelForCausalLM.register(ArcLMConfig, ArcLMForDiffusionLM, exist_ok=True)

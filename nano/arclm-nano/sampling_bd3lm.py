@@ -1,0 +1,120 @@
+"""The knobs of block-diffusion sampling, and the rule that accepts tokens at a denoising step."""
+
+from typing import Any
+
+import torch
+
+
+# Knobs of block diffusion that transformers' GenerationConfig does not know, with their defaults.
+KNOBS = {
+    "block_size": None,
+    "steps": None,
+    "max_denoising_steps": None,
+    "remasking_strategy": "low_confidence_static",
+    "confidence_threshold": 0.9,
+    "entropy_bound": 0.1,
+}
+REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entropy_bound", "sequential", "random")
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+def static_schedule(block_size: int, steps: int) -> list[int]:
+    """How many tokens of a block the static strategies accept at each step: those left over the steps left, rounded.
+
+    dLLM's linear schedule, without the steps whose share rounds to 0. A block that begins with the end of the prompt
+    follows it too and takes fewer steps.
+    """
+    t = torch.tensor([step / steps for step in range(steps + 1)])
+    t = 1 - (1 - t)  # as dLLM computes it: the rounding of float32 decides the ties
+    counts = []
+    for step in range(steps, 0, -1):
+        counts.append(round((block_size - sum(counts)) * (1 - (t[step - 1] / t[step]).item())))
+    return [count for count in counts if count]
+
+
+def accept_tokens(
+    confidence: torch.Tensor,
+    entropy: torch.Tensor,
+    is_masked: torch.Tensor,
+    step: int,
+    knobs: dict[str, Any],
+) -> torch.Tensor:
+    """Choose which masked positions of a block to fill at this denoising step.
+
+    Args:
+        confidence: [B, L] probability of each proposed token, -1 where not masked.
+        entropy: [B, L] in nats, infinite where not masked.
+        is_masked: [B, L] bool.
+        step: denoising step, from 0.
+        knobs: `max_denoising_steps` S, `remasking_strategy`, `confidence_threshold`, `entropy_bound`.
+
+    Returns:
+        [B, L] bool, a subset of `is_masked`, with a position of every row that has one left. After S steps every
+        position of the block has been accepted.
+    """
+    strategy, steps = knobs["remasking_strategy"], knobs["max_denoising_steps"]
+    order = {  # the smallest is accepted first
+        "sequential": torch.arange(confidence.shape[1], device=confidence.device).expand_as(confidence).float(),
+        "random": torch.rand_like(confidence),
+        "entropy_bound": entropy,
+    }.get(strategy, -confidence)
+    order = order.masked_fill(~is_masked, torch.inf).argsort(dim=1, stable=True)
+    rank = order.argsort(1)
+    if strategy in ("low_confidence_dynamic", "entropy_bound"):
+        # the steps that are left must suffice for the positions that are left
+        count = -(-is_masked.sum(1, keepdim=True) // (steps - step))
+        if strategy == "low_confidence_dynamic":
+            chosen = confidence > knobs["confidence_threshold"]
+        else:
+            # EB-sampler (arXiv:2505.24857): what tokens accepted together may know of each other is at most the sum of
+            # their entropies but for the largest
+            ascending = entropy.gather(1, order)
+            chosen = (ascending.cumsum(1) - ascending <= knobs["entropy_bound"]).gather(1, rank)
+    else:
+        count = static_schedule(confidence.shape[1], steps)[step]
+        chosen = torch.zeros_like(is_masked)
+    return (chosen | (rank < count)) & is_masked
+
+
+def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
+    """Raise a ValueError that names the knob, its value and what is allowed."""
+    if knobs["remasking_strategy"] not in REMASKING_STRATEGIES:
+        raise ValueError(
+            f"remasking_strategy={knobs['remasking_strategy']!r} is unknown. "
+            f"Choose one of {', '.join(REMASKING_STRATEGIES)}."
+        )
+    if not 1 <= knobs["block_size"] <= trained_block_size:
+        raise ValueError(
+            f"block_size={knobs['block_size']} is outside [1, {trained_block_size}], up to the trained size."
+        )
+    for name in ("steps", "max_denoising_steps"):
+        if knobs[name] is not None and knobs[name] < 1:
+            raise ValueError(f"{name}={knobs[name]} must be at least 1.")
+    if not 0 <= knobs["confidence_threshold"] <= 1:
+        raise ValueError(
+            f"confidence_threshold={knobs['confidence_threshold']} is outside [0, 1]. "
+            "It is a probability: 0.9 is safe, lower is faster."
+        )
+    if not knobs["entropy_bound"] >= 0:
+        raise ValueError(f"entropy_bound={knobs['entropy_bound']} must be at least 0 (nats).")
+
+
+def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, config) -> None:
+    """Raise a ValueError unless every row of the prompt has a token, and all are in the vocabulary."""
+    if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
+        got = "None" if input_ids is None else list(input_ids.shape)
+        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {got}.")
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(
+            f"input_ids has the id {low if low < 0 else high}, outside the vocabulary [0, {config.vocab_size}). "
+            "Use the tokenizer of this model."
+        )
+    if attention_mask is None:
+        return
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be {list(input_ids.shape)} like input_ids, got {list(attention_mask.shape)}."
+        )
+    if not attention_mask.any(1).all():
+        raise ValueError("A row of attention_mask has no token. Give every prompt at least one.")

@@ -1,0 +1,213 @@
+"""How the columns of one forward pass are read: positions, blocks, and who may attend to whom."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .cache_arclm import ArcLMCache
+
+
+class Streams(NamedTuple):
+    """The columns of one forward pass: `num_noisy` noisy ones, then the clean ones.
+
+    With both streams, T = 4 tokens and blocks of 2, this is who may attend to whom (rows query, columns key):
+
+               x_t       x_0
+            0 1 2 3 | 0 1 2 3
+        x_t D D . . | . . . .     D block diagonal: a noisy block sees itself
+            D D . . | . . . .
+            . . D D | O O . .     O offset block causal: and the clean blocks before it
+            . . D D | O O . .
+        x_0 . . . . | C C . .     C block causal: a clean block sees itself and the clean blocks before it
+            . . . . | C C . .       (with context_attention="causal": a clean token sees itself and those before it)
+            . . . . | C C C C
+            . . . . | C C C C
+
+    Fields:
+        num_noisy: columns of the noisy stream: 0 (clean only), all (a denoising step), or with both streams those of
+            the noisy blocks that are read, always whole blocks.
+        block_size: tokens per block.
+        noisy_blocks: [B or 1, M] with both streams, the index of each noisy block, ascending.
+        position_ids: [B or 1, columns].
+        order: [B, T], the caller's column that each aligned column comes from; `None` without padding.
+        token_mask: [B, T] bool of the aligned rows, True for tokens, False for padding, which is on the right; `None`
+            without padding.
+        cos, sin: [B or 1, columns, rotary_dim] rotary embedding.
+        attention_mask: [B or 1, 1, columns, context + columns], True (0.0 for eager attention) where a query may
+            attend to a key; `None` where every query may attend to every key.
+    """
+
+    num_noisy: int
+    block_size: int
+    noisy_blocks: torch.Tensor | None
+    position_ids: torch.Tensor
+    order: torch.Tensor | None
+    token_mask: torch.Tensor | None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: torch.Tensor | None,
+        noisy_input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        *,
+        block_size: int,
+        cache: ArcLMCache | None = None,
+        needed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, "Streams"]:
+        """Lay out one or both streams [B, T] after the context in `cache`; returns ids [B, columns] and the layout.
+
+        `needed` [B, T] bool limits the noisy stream to the blocks that hold a True.
+        """
+        ids = input_ids if noisy_input_ids is None else noisy_input_ids
+        tokens = ids.shape[1]
+        order, token_mask = left_align(attention_mask, ids)
+        columns = _align(ids, order)
+        position_ids = torch.arange(tokens, device=ids.device)[None]
+        if cache is not None and cache.lengths is not None:
+            position_ids = position_ids + cache.lengths[:, None]
+        if input_ids is None or noisy_input_ids is None:
+            return columns, cls(tokens if input_ids is None else 0, block_size, None, position_ids, order, token_mask)
+
+        blocks = needed_blocks(_align(needed, order), tokens, block_size, ids.device)
+        noisy = (blocks[..., None] * block_size + torch.arange(block_size, device=ids.device)).flatten(1)
+        columns = F.pad(columns, (0, -tokens % block_size)).gather(1, noisy.expand(len(ids), -1))
+        columns = torch.cat((columns, _align(input_ids, order)), 1)  # [x_t ; x_0]
+        position_ids = torch.cat((noisy, position_ids.expand(len(noisy), -1)), 1)
+        return columns, cls(noisy.shape[1], block_size, blocks, position_ids, order, token_mask)
+
+    def for_layers(self, config, cache: ArcLMCache | None, dtype: torch.dtype) -> "Streams":
+        """Add what the attention layers need: rotary embedding and mask, in the dtype of the hidden states."""
+        cos, sin = _rotary(config, self.position_ids, dtype)
+        columns = self.position_ids.shape[1]
+        one_stream = self.num_noisy == columns or (self.num_noisy == 0 and config.context_attention == "block_causal")
+        padding = self.token_mask is not None or (cache is not None and cache.token_mask is not None)
+        if one_stream and columns <= self.block_size and not padding:  # a block sees all of itself and of its context
+            return self._replace(cos=cos, sin=sin)
+
+        noisy = torch.arange(columns, device=cos.device) < self.num_noisy
+        mask = _attention_mask(self.position_ids, noisy, self.block_size, config.context_attention == "causal")
+        keys, tokens = self.token_mask, columns - self.num_noisy
+        if 0 < tokens < columns and (keys is not None or tokens % self.block_size):
+            # the noisy stream has whole blocks, the last of which may go beyond the row
+            keys = mask.new_ones(1, tokens) if keys is None else keys
+            noisy_keys = self.position_ids[:, : self.num_noisy] < keys.sum(1, keepdim=True)
+            rows = max(len(noisy_keys), len(keys))
+            keys = torch.cat((noisy_keys.expand(rows, -1), keys.expand(rows, -1)), 1)
+        if keys is not None:  # a padding query keeps itself, for a softmax over nothing is NaN
+            mask = mask & keys[:, None] | torch.eye(columns, dtype=torch.bool, device=mask.device)
+        if cache is not None and cache.num_columns:
+            context = mask.new_ones(1, 1, cache.num_columns) if cache.token_mask is None else cache.token_mask[:, None]
+            rows = max(len(mask), len(context))
+            mask = torch.cat((context.expand(rows, columns, -1), mask.expand(rows, -1, -1)), -1)
+        mask = mask[:, None]
+        if config._attn_implementation == "eager":  # eager attention adds its mask to the scores
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return self._replace(cos=cos, sin=sin, attention_mask=mask)
+
+    def to_caller(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states of one stream, noisy or clean, in the caller's columns [B, T, D]; 0 where not read."""
+        tokens = self.position_ids.shape[1] - self.num_noisy or self.num_noisy
+        if hidden_states.shape[1] != tokens:  # some of the noisy blocks, or a last one that goes beyond the row
+            batch, num_noisy, dim = hidden_states.shape
+            index = self.position_ids[:, :num_noisy, None].expand(batch, -1, dim)
+            whole = hidden_states.new_zeros(batch, -(-tokens // self.block_size) * self.block_size, dim)
+            hidden_states = whole.scatter(1, index, hidden_states)[:, :tokens]
+        if self.order is None:
+            return hidden_states
+        return hidden_states.gather(1, self.order.argsort(1)[..., None].expand_as(hidden_states))
+
+
+def _align(x: torch.Tensor | None, order: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None or order is None else x.gather(1, order)
+
+
+def needed_blocks(needed: torch.Tensor | None, tokens: int, block_size: int, device) -> torch.Tensor:
+    """Indices [B or 1, M] of the noisy blocks to read: all, or those with a True in needed [B, T].
+
+    M is the largest number of such blocks in a row; rows with fewer read others as well.
+    """
+    num_blocks = -(-tokens // block_size)
+    if needed is None:
+        return torch.arange(num_blocks, device=device)[None]
+    blocks = F.pad(needed, (0, num_blocks * block_size - tokens)).unflatten(1, (num_blocks, block_size)).any(-1)
+    most = max(1, int(blocks.sum(1).max()))
+    return blocks.int().argsort(dim=1, descending=True, stable=True)[:, :most].sort(1).values
+
+
+def _attention_mask(position_ids: torch.Tensor, noisy: torch.Tensor, block_size: int, causal: bool) -> torch.Tensor:
+    """[B or 1, columns, columns] bool, the drawing above, for positions [B or 1, columns] and `noisy` [columns]."""
+    q, k = position_ids[..., :, None], position_ids[..., None, :]
+    q_block, k_block = q // block_size, k // block_size
+    block_diagonal = noisy[:, None] & noisy & (q_block == k_block)
+    offset_block_causal = noisy[:, None] & ~noisy & (q_block > k_block)
+    context = ~noisy[:, None] & ~noisy & (q >= k if causal else q_block >= k_block)
+    return block_diagonal | offset_block_causal | context
+
+
+def _rotary(config, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [B or 1, T, rotary_dim] of positions [B or 1, T].
+
+    Qwen3.5's multimodal rotary embedding with equal time, height and width positions, which is what text has, is the
+    plain partial one.
+    """
+    parameters = config.rope_parameters
+    scaling = 1.0
+    if parameters["rope_type"] == "default":
+        dim = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        inv_freq = parameters["rope_theta"] ** (-torch.arange(0, dim, 2, device=position_ids.device).float() / dim)
+    else:
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, position_ids.device)
+    angle = position_ids[..., None].float() * inv_freq
+    angle = torch.cat((angle, angle), -1)
+    return (angle.cos() * scaling).to(dtype), (angle.sin() * scaling).to(dtype)
+
+
+def left_align(
+    attention_mask: torch.Tensor | None, input_ids: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Move the padding of every row to its right end, so that column, position and block agree in all rows.
+
+    Args:
+        attention_mask: [B, T] or [B, context + T], 1 for tokens.
+        input_ids: [B, T].
+
+    Returns:
+        order [B, T], the column that each aligned column comes from, and token_mask [B, T] bool of the aligned rows;
+        both `None` without padding.
+    """
+    if attention_mask is None:
+        return None, None
+    batch, tokens = input_ids.shape
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < tokens:
+        raise ValueError(
+            f"attention_mask must be [{batch}, {tokens}], 1 for tokens and 0 for padding, got "
+            f"{list(attention_mask.shape)}. Use the one the tokenizer returns."
+        )
+    token_mask = attention_mask[:, -tokens:].bool()
+    if token_mask.all():
+        return None, None
+    order = token_mask.int().argsort(dim=1, descending=True, stable=True)
+    return order, token_mask.gather(1, order)
+
+
+def shift_right(noisy: torch.Tensor, clean: torch.Tensor, streams: Streams, cache: ArcLMCache | None) -> torch.Tensor:
+    """Noisy hidden states [B, num_noisy, D] one position earlier; before a block comes the last clean token.
+
+    The first token of a row has nothing before it and keeps its own.
+    """
+    previous = torch.cat((noisy[:, :1], noisy[:, :-1]), 1)
+    position_ids = streams.position_ids[:, : streams.num_noisy, None].expand(len(noisy), -1, noisy.shape[-1])
+    if clean.shape[1]:
+        last = (position_ids - 1).clamp(min=0, max=clean.shape[1] - 1)
+        starts = (position_ids % streams.block_size == 0) & (position_ids > 0)
+        return torch.where(starts, clean.gather(1, last), previous)
+    if cache is not None and cache.last_hidden_state is not None:
+        first = torch.where(position_ids[:, :1] > 0, cache.last_hidden_state, noisy[:, :1])
+        return torch.cat((first, previous[:, 1:]), 1)
+    return previous
