@@ -99,7 +99,6 @@ class Chat:
     def __init__(self, model, tokenizer: PreTrainedTokenizerBase, console: Console, think: bool) -> None:
         self.model, self.tokenizer, self.console, self.think = model, tokenizer, console, think
         self.config = GenerationConfig.from_dict(model.generation_config.to_dict())
-        self.config.return_dict_in_generate = True
         self.messages: list[dict] = []
 
     def take(self, line: str) -> bool:
@@ -130,7 +129,7 @@ class Chat:
 
     def set_knob(self, name: str, value: str) -> None:
         """Change a knob; `generate` checks its value at the next message."""
-        if not hasattr(self.config, name):
+        if name not in self.config.to_dict():
             self.console.print(f"{name} is no knob of generate. /knobs lists them.", style="red")
             return
         try:
@@ -148,11 +147,14 @@ class Chat:
         with Live(console=self.console, refresh_per_second=20) as live:
             draft = Draft(self.tokenizer, live, self.think)
             try:
-                output = self.model.generate(**inputs, generation_config=self.config, streamer=draft)
+                config = GenerationConfig.from_dict(self.config.to_dict() | {"return_dict_in_generate": True})
+                output = self.model.generate(
+                    **inputs, generation_config=config, streamer=draft, tokenizer=self.tokenizer
+                )
             except KeyboardInterrupt:
                 live.console.print("stopped", style="yellow")
                 return
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # a knob that does not fit
                 live.console.print(str(error), style="red")
                 return
         seconds = time.perf_counter() - start

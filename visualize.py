@@ -55,22 +55,24 @@ def trace(model, tokenizer, prompt_ids: torch.Tensor, **knobs) -> list[Settled]:
     Every state that the sampler saw is given to the model again, over the same cache: denoising steps repeat exactly.
     A token that no step accepted, because it follows an accepted end token, is not part of the answer.
     """
+    if (prompt_ids == model.config.mask_token_id).any():
+        raise ValueError("The prompt holds mask tokens, and only what follows a prompt can be drawn. Leave them out.")
     output = model.generate(prompt_ids, do_sample=False, return_dict_in_generate=True, **knobs)
-    mask, size, prompt = model.config.mask_token_id, model.config.block_size, prompt_ids.shape[1]
+    mask, size, prompt = model.config.mask_token_id, output.history[0].shape[1], prompt_ids.shape[1]
     start = prompt // size * size
-    cache = model(prompt_ids[:, :start], use_cache=True).past_key_values if start else None
+    cache = model(prompt_ids[:, :start], use_cache=True, block_size=size).past_key_values if start else None
     before = torch.full((1, size), mask)
     before[0, : prompt - start] = prompt_ids[0, start:]
     steps: dict[int, tuple[int, float]] = {}
     for step, block in enumerate(output.history):
-        logits = model(noisy_input_ids=before, past_key_values=cache).logits[0].float()
+        logits = model(noisy_input_ids=before, past_key_values=cache, block_size=size).logits[0].float()
         logits[:, mask] = -torch.inf
         probs = logits.softmax(-1)
         for i in ((before == mask) & (block != mask))[0].nonzero()[:, 0].tolist():
             steps[start + i] = (step, probs[i, block[0, i]].item())
         before = block
         if not (block == mask).any():
-            cache = model(block, past_key_values=cache, use_cache=True).past_key_values
+            cache = model(block, past_key_values=cache, use_cache=True, block_size=size).past_key_values
             start, before = start + size, torch.full((1, size), mask)
     answer = output.sequences[0, prompt:].tolist()
     return [Settled(tokenizer.decode([token]), *steps[prompt + i]) for i, token in enumerate(answer)]

@@ -334,13 +334,14 @@ def make_task(family: str, kind: str, split: str, rng: random.Random) -> Task:
     return Task(family, kind, split, messages, tools, tuple(values.drawn))
 
 
-def generate_tasks(split: str, seed: int) -> Iterator[Task]:
-    """Yield tasks without end, every kind equally often.
+def generate_tasks(split: str, seed: int, reasoning_weight: int = 1) -> Iterator[Task]:
+    """Yield tasks without end, every kind equally often, but those of reasoning `reasoning_weight` times as often.
 
-    The same split and seed give the same tasks on every machine (`random.Random` with a string seed).
+    The same arguments give the same tasks on every machine (`random.Random` with a string seed).
     """
     rng = random.Random(f"{split}:{seed}")
-    kinds = [(family, kind) for family in FAMILIES for kind in KINDS[family]]
+    weights = {family: reasoning_weight if family == "reasoning" else 1 for family in FAMILIES}
+    kinds = [(family, kind) for family in FAMILIES for kind in KINDS[family] for _ in range(weights[family])]
     while True:
         yield make_task(*rng.choice(kinds), split, rng)
 
@@ -425,6 +426,9 @@ class WorldArguments:
     num_tasks: int = field(default=20_000, metadata={"help": "Number of tasks."})
     seed: int = field(default=0, metadata={"help": "Seed of the generator."})
     split: str = field(default="train", metadata={"help": "train or test."})
+    reasoning_weight: int = field(
+        default=1, metadata={"help": "How many times as often each reasoning kind is drawn."}
+    )
 
 
 def main() -> None:
@@ -433,7 +437,7 @@ def main() -> None:
 
     args = HfArgumentParser(WorldArguments).parse_args_into_dataclasses()[0]
     with open(args.output_file, "w", encoding="utf-8") as file:
-        for task in islice(generate_tasks(args.split, args.seed), args.num_tasks):
+        for task in islice(generate_tasks(args.split, args.seed, args.reasoning_weight), args.num_tasks):
             file.write(json.dumps(to_row(task)) + "\n")
 
 

@@ -119,3 +119,13 @@ def test_affine_scan_gradient():
     shapes = [(2, 4, 3, 5, 5), (2, 4, 3, 5, 7), (2, 3, 5, 7)]
     inputs = [torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     assert torch.autograd.gradcheck(AffineScan.apply, inputs)
+
+
+@pytest.mark.parametrize("length", [13, 130])
+def test_autocast_changes_nothing(length):
+    """Training with bf16=True is under autocast and generation is not; both have to compute the same."""
+    inputs = stream(length, 0, dtype=torch.float32)
+    expected = gated_delta_rule(inputs, None, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = gated_delta_rule(inputs, None, 16)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))

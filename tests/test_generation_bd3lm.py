@@ -1,58 +1,20 @@
 """The sampler: on random models for exactness, on a model of fixed logits where it matters what it says."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import MASK, tiny_model, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from scripted import EOS, PAD, greedy, scripted
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 
-from arclm.modeling_arclm import ArcLMForDiffusionLM, ArcLMOutput
 from arclm.sampling_bd3lm import REMASKING_STRATEGIES
-
-
-EOS, PAD = 1, 0
-
-
-class Scripted(ArcLMForDiffusionLM):
-    """Says `script[p]` at position p with a confidence of its own, and counts its forward passes."""
-
-    def script(self, text: list[int], confidence: list[float]) -> "Scripted":
-        self.text, self.calls = text, []
-        self.scores = torch.tensor(confidence)
-        return self
-
-    def forward(self, input_ids=None, noisy_input_ids=None, past_key_values=None, **kwargs):
-        self.calls.append("denoise" if input_ids is None else "commit")
-        output = super().forward(input_ids, noisy_input_ids=noisy_input_ids, past_key_values=past_key_values, **kwargs)
-        if input_ids is not None:
-            return output
-        batch, block = noisy_input_ids.shape
-        starts = torch.zeros(batch, dtype=torch.long) if past_key_values is None else past_key_values.lengths
-        logits = torch.zeros(batch, block, self.config.vocab_size)
-        for row, start in enumerate(starts.tolist()):
-            for i in range(block):
-                token = self.text[(start + i) % len(self.text)]
-                logits[row, i, token] = self.scores[(start + i) % len(self.scores)]
-        return ArcLMOutput(logits=logits, past_key_values=output.past_key_values)
-
-
-def scripted(text: list[int], confidence: tuple = (9.0,), **changes) -> Scripted:
-    torch.manual_seed(0)
-    model = tiny_model(**{"block_size": 4, **changes})
-    model.__class__ = Scripted
-    return model.script(text, list(confidence))
-
-
-def greedy(model, ids, **kwargs):
-    return model.generate(ids, do_sample=False, return_dict_in_generate=True, **kwargs)
 
 
 # Exactness
@@ -245,6 +207,18 @@ def test_max_length_counts_the_prompt_and_beats_the_file():
     assert model.generate(tokens(1, 3), do_sample=False).shape == (1, 53)
 
 
+def test_the_nearest_config_that_names_a_length_decides():
+    model = scripted([10, 11, 12, 13])
+    model.generation_config.max_length = 9
+    assert model.generate(tokens(1, 3), do_sample=False).shape[1] == 9
+    config = GenerationConfig(max_new_tokens=2, do_sample=False)
+    assert model.generate(tokens(1, 3), generation_config=config).shape[1] == 5
+    assert model.generate(tokens(1, 3), generation_config=config, max_length=7).shape[1] == 7
+    model.generation_config = GenerationConfig(max_new_tokens=2)
+    config = GenerationConfig(max_length=10, do_sample=False)
+    assert model.generate(tokens(1, 3), generation_config=config).shape[1] == 10
+
+
 def test_sampling_follows_the_seed_and_the_processors():
     model = tiny_model(block_size=4)
     ids = tokens(1, 6)
@@ -258,6 +232,46 @@ def test_sampling_follows_the_seed_and_the_processors():
     assert torch.equal(sample(0, top_k=1), model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=[]))
     few = set(range(2, 60))
     assert not few & set(sample(0, suppress_tokens=sorted(few))[0, 6:].tolist())
+
+
+def test_processors_see_the_history_of_each_position():
+    """The model wants 10 11 10 11 ... and an end token at position 9; prompts have 3 and 5 tokens."""
+    text = [10, 11] * 4 + [10, EOS]
+    ids = torch.tensor([[PAD, PAD, 5, 6, 7], [5, 6, 7, 8, 9]])
+    knobs = {"attention_mask": (ids != PAD).long(), "max_new_tokens": 12, "remasking_strategy": "sequential"}
+
+    def answers(**more) -> list[list[int]]:
+        return greedy(scripted(text), ids, **knobs, **more).sequences[:, 5:].tolist()
+
+    assert [row.index(EOS) for row in answers()] == [6, 4]
+    # at least as many new tokens in each row, whatever its prompt
+    long = answers(min_new_tokens=6)
+    assert long[0].index(EOS) == 6
+    assert EOS not in long[1][:6]
+    assert all((a, b) != (10, 11) for row in answers(bad_words_ids=[[10, 11]]) for a, b in itertools.pairwise(row))
+    for row in answers(no_repeat_ngram_size=2):
+        pairs = list(itertools.pairwise(t for t in row if t != PAD))
+        assert len(pairs) == len(set(pairs))
+
+
+def test_a_processor_gets_what_transformers_would_give_it():
+    seen = []
+
+    class Spy(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.extend(input_ids.tolist())
+            return scores
+
+    ids = torch.tensor([[PAD, PAD, 5, 6, 7], [5, 6, 7, 8, 9]])
+    knobs = {"attention_mask": (ids != PAD).long(), "max_new_tokens": 3, "remasking_strategy": "sequential"}
+    model = scripted([10, 11, 12, 13, 14, 15, 16, 17])
+    greedy(model, ids, logits_processor=LogitsProcessorList([Spy()]), **knobs)
+    # position p of a row holds text[p]: after prompts of 3 and 5 tokens come 13 14 15 and 15 16 17
+    prompts = ids.tolist()
+    for n in range(3):
+        assert prompts[0] + [13, 14, 15][:n] in seen
+        assert prompts[1] + [15, 16, 17][:n] in seen
+    assert {len(history) for history in seen} == {5, 6, 7}
 
 
 def test_a_callers_logits_processor_is_applied():
@@ -347,58 +361,7 @@ MODELS = {
 }
 
 
-def test_a_cache_of_a_longer_text_is_refused():
-    model = tiny_model(block_size=4)
-    cache = greedy(model, tokens(1, 16), max_new_tokens=8).past_key_values
-    with pytest.raises(ValueError, match="Pass a prompt that continues the cached text"):
-        model.generate(tokens(1, 8), past_key_values=cache)
-
-
 def test_knobs_in_a_generation_config_object_count():
     model = scripted([10, 11, 12, 13])
     config = GenerationConfig(max_new_tokens=4, steps=2, do_sample=False, return_dict_in_generate=True)
     assert len(model.generate(tokens(1, 4), generation_config=config).history) == 2
-
-
-# Stopping criteria
-
-
-class StopAfter(StoppingCriteria):
-    """Stops a row after a token, and keeps the contexts it was shown."""
-
-    def __init__(self, token: int):
-        self.token, self.seen = token, []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.seen.append(input_ids)
-        return input_ids[:, -1] == self.token
-
-
-def test_stopping_criteria_end_a_row_in_the_middle_of_a_block_whatever_its_phase():
-    model, prompts = scripted([10, 11, 12, 13, 14, 15]), [tokens(1, n, seed=n)[0] for n in (2, 5, 8)]
-    ids = torch.stack([torch.cat((torch.zeros(8 - len(row), dtype=torch.long), row)) for row in prompts])
-    stop = StopAfter(14)
-    output = model.generate(
-        ids,
-        attention_mask=(ids != 0).long(),
-        max_new_tokens=13,
-        do_sample=False,
-        stopping_criteria=StoppingCriteriaList([stop]),
-    )
-    expected = [[12, 13, 14], [15, 10, 11, 12, 13, 14], [12, 13, 14]]  # position p holds script[p % 6]
-    assert [[t for t in row if t != PAD] for row in output[:, 8:].tolist()] == expected
-    # as in transformers: the caller's prompts, then one more token at every call
-    assert [seen.shape[1] for seen in stop.seen] == list(range(9, 9 + len(stop.seen)))
-    assert all(torch.equal(seen[:, :8], ids) for seen in stop.seen)
-
-
-def test_stop_strings_are_read_with_the_tokenizer():
-    words = {chr(97 + i): i for i in range(26)} | {f"token{i}": i for i in range(26, 97)}
-    backend = Tokenizer(models.BPE(words, merges=[]))
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    model = scripted([10, 11, 12, 13, 14, 15])  # k l m n o p
-    knobs = {"max_new_tokens": 12, "do_sample": False, "stop_strings": ["no"]}
-    assert model.generate(tokens(1, 4), tokenizer=tokenizer, **knobs)[0, 4:].tolist() == [14, 15, 10, 11, 12, 13, 14]
-    with pytest.raises(ValueError, match="pass the model's tokenizer to the `tokenizer` argument"):
-        model.generate(tokens(1, 4), **knobs)

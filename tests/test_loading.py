@@ -136,3 +136,7 @@ def test_output_loading_info_still_works(saved):
     model, info = AutoModel.from_pretrained(saved, trust_remote_code=True, output_loading_info=True)
     assert not info["missing_keys"]
     assert type(model).__name__ == "ArcLMForDiffusionLM"
+
+
+def test_the_server_of_transformers_is_told_to_call_generate():
+    assert not hasattr(tiny_model(), "init_continuous_batching")

@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache, StoppingCriteriaList
 
 from arclm.sampling_bd3lm import REMASKING_STRATEGIES, accept_tokens, static_schedule
 
@@ -50,6 +51,9 @@ BAD = {
     r"block_size=17 is outside \[1, 16\]": {"block_size": 17},
     r"block_size=0 is outside \[1, 16\]": {"block_size": 0},
     "steps=0 must be at least 1": {"steps": 0},
+    "num_beams=3 does not go with block diffusion": {"num_beams": 3},
+    "guidance_scale=2.0 does not go with block diffusion": {"guidance_scale": 2.0},
+    "past_key_values is a DynamicCache. Pass one that": {"past_key_values": DynamicCache()},
     "entropy_bound=-1 must be at least 0": {"entropy_bound": -1},
     r"confidence_threshold=1.5 is outside \[0, 1\]": {"confidence_threshold": 1.5},
     "leaves no room after a prompt of 8 tokens": {"max_length": 8},
@@ -64,6 +68,28 @@ BAD = {
 def test_bad_knobs_get_a_sentence(sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny_model().generate(tokens(2, 8), **BAD[sentence])
+
+
+def test_a_cache_must_fit_the_prompt():
+    model = tiny_model(block_size=4)
+    first = model.generate(tokens(2, 8), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    longer = torch.cat((first.sequences, tokens(2, 3)), 1)
+    with pytest.raises(ValueError, match="past_key_values holds 2 rows, the input 3"):
+        model.generate(longer[[0, 1, 1]], past_key_values=first.past_key_values)
+    other = longer.clone()
+    other[1, 5] = (other[1, 5] + 1) % 90
+    with pytest.raises(ValueError, match="holds other tokens than the prompt of row 1 begins with"):
+        model.generate(other, past_key_values=first.past_key_values)
+    with pytest.raises(ValueError, match="Pass a prompt that continues the cached text"):
+        model.generate(tokens(2, 4), past_key_values=first.past_key_values)
+
+
+def test_rows_that_stop_at_different_lengths_need_a_pad_token():
+    model = tiny_model(pad_token_id=None, eos_token_id=None)
+    stop = StoppingCriteriaList([lambda ids, scores, **kwargs: ids.shape[1] > 9])
+    with pytest.raises(ValueError, match="need padding, and pad_token_id is not set"):
+        model.generate(tokens(2, 8), stopping_criteria=stop)
+    assert model.generate(tokens(1, 8), stopping_criteria=stop, max_new_tokens=9).shape == (1, 10)
 
 
 def test_misspelled_knobs_are_refused():

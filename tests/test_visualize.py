@@ -44,6 +44,15 @@ def test_confidence_is_what_the_dynamic_strategy_saw():
     assert all(len(values) == 1 or min(values) > threshold for values in by_step.values())
 
 
+def test_a_smaller_block_and_a_prompt_that_cannot_be_drawn():
+    tokens = traced(max_new_tokens=64, block_size=4)
+    assert sorted(token.step for token in tokens) == list(range(len(tokens)))
+    assert all(0.2 < token.confidence <= 1 for token in tokens)
+    model = AutoModel.from_pretrained(MODEL, trust_remote_code=True)
+    with pytest.raises(ValueError, match="The prompt holds mask tokens"):
+        visualize.trace(model, None, torch.tensor([[5, model.config.mask_token_id]]))
+
+
 @pytest.mark.parametrize("name", ["answer.png", "answer.gif"])
 def test_it_writes_a_picture_or_a_frame_for_every_step(name, tmp_path, monkeypatch):
     path = tmp_path / name
