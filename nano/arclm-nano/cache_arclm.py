@@ -17,6 +17,7 @@ class ArcLMCache:
         recurrent_states: per linear-attention layer [B, H, K, Vd] float32, the delta-rule memory S.
         lengths: [B] committed tokens of each row.
         token_mask: [B, S] bool, which columns of keys and values are tokens; `None` where all are.
+        token_ids: [B, S] the committed tokens, and padding.
         last_hidden_state: [B, 1, D] final hidden state of the last committed token.
     """
 
@@ -27,6 +28,7 @@ class ArcLMCache:
         self.recurrent_states: list[torch.Tensor | None] = [None] * num_layers
         self.lengths: torch.Tensor | None = None
         self.token_mask: torch.Tensor | None = None
+        self.token_ids: torch.Tensor | None = None
         self.last_hidden_state: torch.Tensor | None = None
         self.num_columns = 0
 
@@ -46,13 +48,18 @@ class ArcLMCache:
                 f"past_key_values holds {len(self.lengths)} rows, the input {batch_size}. Use one row per cached row."
             )
 
-    def advance(self, token_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> None:
-        """Record a commit of the tokens that `token_mask` [B, T] marks, with their final hidden states [B, T, D]."""
+    def row_token_ids(self, row: int) -> torch.Tensor:
+        """The committed tokens of a row, [n]."""
+        return self.token_ids[row] if self.token_mask is None else self.token_ids[row][self.token_mask[row]]
+
+    def advance(self, token_mask: torch.Tensor | None, token_ids: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Record a commit of the tokens [B, T] that `token_mask` marks, with their final hidden states [B, T, D]."""
         batch, tokens, _ = hidden_states.shape
         every = torch.ones(batch, tokens, dtype=torch.bool, device=hidden_states.device)
         if self.token_mask is not None or token_mask is not None:
             old = every[:, :1].expand(-1, self.num_columns) if self.token_mask is None else self.token_mask
             self.token_mask = torch.cat((old, every if token_mask is None else token_mask), 1)
+        self.token_ids = token_ids if self.token_ids is None else torch.cat((self.token_ids, token_ids), 1)
         lengths = (every if token_mask is None else token_mask).sum(1)
         last = last_tokens(F.pad(hidden_states, (0, 0, 1, 0)), 1, token_mask)
         if self.last_hidden_state is not None:  # a row without new tokens keeps its own

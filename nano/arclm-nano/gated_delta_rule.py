@@ -58,6 +58,12 @@ def gated_delta_rule(
         Outputs [B, T, H, Vd] in the dtype of v, the final state [B, H, K, Vd], float32 (float64 for float64), and the
         N = ceil(T / block_size) states before each block [B, N, H, K, Vd], `None` without `block_size`.
     """
+    # autocast, as the Trainer's bf16, would round every product, and generation, without it, none
+    with torch.autocast(inputs.v.device.type, enabled=False):
+        return _gated_delta_rule(inputs, initial_state, block_size)
+
+
+def _gated_delta_rule(inputs: DeltaRuleInputs, initial_state: torch.Tensor | None, block_size: int | None) -> tuple:
     tokens = inputs.q.shape[1]
     chunk = _Chunk.of(inputs, _chunk_size(block_size, tokens))
     state = chunk.zero_state() if initial_state is None else initial_state.to(chunk.v.dtype)

@@ -9,12 +9,25 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.utils import ModelOutput
 
-from .sampling_bd3lm import DEFAULT_MAX_NEW_TOKENS, KNOBS, accept_tokens, check_knobs, check_prompt
+from .sampling_bd3lm import DEFAULT_MAX_NEW_TOKENS, KNOBS, accept_tokens, check_cache, check_knobs, check_prompt
 
 
+# What these do to the scores of a position depends on nothing before it.
+WITHOUT_HISTORY = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+WITHOUT_HISTORY += (SuppressTokensLogitsProcessor,)
 # Prompt tokens per prefill pass: bounds its memory, whatever the length of the prompt.
 PREFILL_TOKENS = 2048
 
@@ -27,7 +40,8 @@ class BD3LMGenerateOutput(ModelOutput):
         sequences: [B, prompt + new] token ids, the prompt first, padded on the right after an end token.
         tokens_per_forward: [B] float, generated tokens up to and with the end token per denoising step of the row.
         nfe: all forward passes of the batch: prefill, denoising steps and commits.
-        past_key_values: the cache of all complete blocks that were committed.
+        past_key_values: the cache of all complete blocks that were committed; `None` where one goes beyond the end
+            that a stopping criterion gave its row.
         history: one [B, block_size] tensor of ids per denoising step, the block after the step, on the CPU.
     """
 
@@ -129,7 +143,12 @@ class BD3LMGenerationMixin:
     def _generation_knobs(self, generation_config: GenerationConfig | None, kwargs: dict) -> tuple:
         """Merge arguments, generation config and defaults; returns the config and our knobs, checked."""
         ours = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
-        explicit_length = "max_length" in kwargs and kwargs.get("max_new_tokens") is None
+        # the first of caller, caller's config and model's config that names a length decides which of the two counts
+        lengths = [
+            (source.get("max_new_tokens"), source.get("max_length"))
+            for source in (kwargs, vars(generation_config or GenerationConfig()), vars(self.generation_config))
+        ]
+        new, _ = next((pair for pair in lengths if pair != (None, None)), (DEFAULT_MAX_NEW_TOKENS, None))
         config, unknown = self._prepare_generation_config(generation_config, **kwargs)
         unknown = sorted(name for name, value in unknown.items() if value is not None)
         if unknown:
@@ -137,10 +156,10 @@ class BD3LMGenerationMixin:
                 f"generate() got unknown arguments {', '.join(unknown)}. "
                 f"Choose among the fields of GenerationConfig and {', '.join(KNOBS)}."
             )
-        if explicit_length:  # what the caller says goes before what generation_config.json says
-            config.max_new_tokens = None
-        elif config.max_new_tokens is None:
-            config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+        config.max_new_tokens = new
+        for mode in ("num_beams", "guidance_scale"):
+            if getattr(config, mode, None) not in (None, 1):
+                raise ValueError(f"{mode}={getattr(config, mode)} does not go with block diffusion. Leave it out.")
         knobs = {name: ours.get(name, getattr(config, name, None)) for name in KNOBS}
         knobs = {name: KNOBS[name] if value is None else value for name, value in knobs.items()}
         if knobs["block_size"] is None:
@@ -226,7 +245,10 @@ class _Run:
             stopping_criteria=StoppingCriteriaList() if stopping_criteria is None else stopping_criteria,
             tokenizer=tokenizer,
         )
-        self.criteria = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
+        own = (MaxLengthCriteria, EosTokenCriteria)
+        self.criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, own))
+        if self.criteria and len(self.ids) > 1 and self.config._pad_token_tensor is None:
+            raise ValueError("Rows that stop at different lengths need padding, and pad_token_id is not set. Pass it.")
 
     def columns(self, count: int) -> torch.Tensor:
         """[B, count] positions from the current block on."""
@@ -239,14 +261,9 @@ class _Run:
         return output.logits
 
     def prefill(self) -> None:
-        cached = (
-            torch.zeros_like(self.starts) if self.cache is None or self.cache.lengths is None else self.cache.lengths
-        )
-        if (cached > self.starts).any():
-            raise ValueError(
-                f"past_key_values holds {cached.tolist()} tokens per row, the complete blocks of the prompts only "
-                f"{self.starts.tolist()}. Pass a prompt that continues the cached text."
-            )
+        cached = torch.zeros_like(self.starts)
+        if self.cache is not None:
+            cached = check_cache(self.cache, self.ids, self.starts, self.model.config)
         piece = max(PREFILL_TOKENS // self.block_size, 1) * self.block_size
         for offset in range(0, int((self.starts - cached).max()), piece):
             columns = cached[:, None] + torch.arange(offset, offset + piece, device=self.ids.device)
@@ -272,7 +289,6 @@ class _Run:
         """
         logits = self.forward(noisy_input_ids=block)
         self.row_steps += is_masked.any(1)
-        rows = is_masked.nonzero()[:, 0]  # [M], the row of each masked position
         scores = logits[is_masked].float()  # [M, V]
         if not scores.isfinite().all():
             raise FloatingPointError(
@@ -281,8 +297,7 @@ class _Run:
             )
         scores[:, self.mask_token_id] = -torch.inf
         probs = scores.softmax(-1)
-        context = torch.cat((self.ids[:, : int(self.starts.max())], block), 1)[rows]
-        scores = self.processors(context, scores)
+        scores = self._process(scores, block, *is_masked.nonzero(as_tuple=True))
         chosen = torch.multinomial(scores.softmax(-1), 1) if self.config.do_sample else scores.argmax(-1, keepdim=True)
         tokens = block.masked_scatter(is_masked, chosen)
         empty = torch.full_like(block, -1, dtype=probs.dtype)
@@ -291,6 +306,25 @@ class _Run:
         is_end = self._is_end(tokens, ~is_masked)
         again = is_end & (is_end.cumsum(1) > 1)
         return tokens, confidence.masked_fill(again, 0.0), entropy.masked_fill(again, 1e4)
+
+    def _process(self, scores: torch.Tensor, block: torch.Tensor, rows, offsets) -> torch.Tensor:
+        """Apply the processors to scores [M, V] of masked positions, given by row [M] and offset in the block [M].
+
+        Each position gets the history that transformers would give it: the prompt, padded on the left, and what stands
+        before it, mask tokens where nothing is settled yet.
+        """
+        if all(isinstance(processor, WITHOUT_HISTORY) for processor in self.processors):
+            return self.processors(block[rows], scores)
+        ids = self.ids.scatter(1, self.columns(self.block_size).clamp(max=self.ids.shape[1] - 1), block)
+        padding = self.input_ids.shape[1] - self.prompt_lengths  # [B]
+        lengths = (padding + self.starts)[rows] + offsets
+        pad = self.mask_token_id if self.config._pad_token_tensor is None else int(self.config._pad_token_tensor)
+        for length in lengths.unique().tolist():
+            chosen = lengths == length
+            columns = torch.arange(length, device=ids.device) - padding[rows[chosen], None]
+            history = ids[rows[chosen]].gather(1, columns.clamp(min=0)).masked_fill(columns < 0, pad)
+            scores[chosen] = self.processors(history, scores[chosen])
+        return scores
 
     def settle(self, block, is_masked, accepted, tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the accepted tokens into the block [B, L]; what follows a settled end token becomes end tokens."""
@@ -337,9 +371,9 @@ class _Run:
         So a row that is ahead of the others waits for them, which costs it less than a block and changes no text.
         """
         settled = torch.where(self.finished, self.limits, self.starts + self.block_size) - self.prompt_lengths
-        for count in range(self.checked + 1, int(settled.min()) + 1):
-            ids = self.sequences(count)
-            stops = torch.stack([criterion(ids, None) for criterion in self.criteria]).any(0)
+        longest = (self.ends - self.prompt_lengths).max()
+        for count in range(self.checked + 1, int(torch.minimum(settled.min(), longest)) + 1):
+            stops = self.criteria(self.sequences(count), None)
             ends = torch.where(stops, self.prompt_lengths + count, self.ends)
             self.ends = torch.minimum(self.ends, ends)
             self.finished |= stops
@@ -369,6 +403,8 @@ class _Run:
     def output(self) -> BD3LMGenerateOutput:
         column = torch.arange(self.ids.shape[1], device=self.ids.device)
         generated = (self.was_masked & (column < self.ends[:, None])).sum(1)
+        if self.cache is not None and self.cache.lengths is not None and (self.cache.lengths > self.ends).any():
+            self.cache = None  # a row was committed before its criterion was asked
         return BD3LMGenerateOutput(
             self.sequences(), generated / self.row_steps.clamp(min=1), self.nfe, self.cache, tuple(self.history)
         )

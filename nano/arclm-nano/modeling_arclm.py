@@ -297,7 +297,7 @@ class ArcLMModel(ArcLMPreTrainedModel):
         shifted = self.config.right_shift_logits and streams.num_noisy
         predictive = shift_right(noisy, clean, streams, cache) if shifted else own
         if commit:
-            cache.advance(streams.token_mask, clean)
+            cache.advance(streams.token_mask, ids, clean)
         if output_hidden_states:
             own_columns = slice(0, streams.num_noisy or None)
             layer_inputs = tuple(streams.to_caller(x[:, own_columns]) for x in (*layer_inputs, hidden_states))
@@ -360,6 +360,11 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         self.model = ArcLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def init_continuous_batching(self):
+        """Tell `transformers serve` that it has to call `generate`."""
+        raise AttributeError("Block diffusion does not go with the continuous batching of transformers.")
 
     @can_return_tuple
     def forward(

@@ -118,3 +118,34 @@ def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | 
         )
     if not attention_mask.any(1).all():
         raise ValueError("A row of attention_mask has no token. Give every prompt at least one.")
+
+
+def check_cache(cache, ids: torch.Tensor, starts: torch.Tensor, config) -> torch.Tensor:
+    """Return how many tokens of each row are cached, [B]; a ValueError unless they begin the prompt.
+
+    Args:
+        cache: what was passed as `past_key_values`.
+        ids: [B, W] prompts, aligned left.
+        starts: [B] tokens in the complete blocks of each prompt.
+        config: of the model.
+    """
+    # remote code may define the class of the cache twice, so ask what it has and not what it is
+    if not hasattr(cache, "token_ids"):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}. Pass one that `generate` or the model returned."
+        )
+    cache.check(len(ids), config)
+    if cache.lengths is None:
+        return torch.zeros_like(starts)
+    if (cache.lengths > starts).any():
+        raise ValueError(
+            f"past_key_values holds {cache.lengths.tolist()} tokens per row, the complete blocks of the prompts only "
+            f"{starts.tolist()}. Pass a prompt that continues the cached text."
+        )
+    for row, length in enumerate(cache.lengths.tolist()):
+        if not torch.equal(cache.row_token_ids(row), ids[row, :length]):
+            raise ValueError(
+                f"past_key_values holds other tokens than the prompt of row {row} begins with. Pass a prompt that "
+                "continues the cached text, or no cache."
+            )
+    return cache.lengths
