@@ -69,7 +69,7 @@ def show_denoising(console: Console, model_dir: Path) -> None:
         prompt = render_prompt(tokenizer, task)
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         output = model.generate(
-            **inputs, max_new_tokens=128, do_sample=False, max_denoising_steps=4, return_dict_in_generate=True
+            **inputs, max_new_tokens=128, do_sample=False, max_denoising_steps=8, return_dict_in_generate=True
         )
         console.rule(f"{task.family}: {task.prompt[-1]['content']}")
         before = None
