@@ -26,8 +26,13 @@ from .sampling_bd3lm import DEFAULT_MAX_NEW_TOKENS, KNOBS, accept_tokens, check_
 
 
 # What these do to the scores of a position depends on nothing before it.
-WITHOUT_HISTORY = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
-WITHOUT_HISTORY += (SuppressTokensLogitsProcessor,)
+WITHOUT_HISTORY = (
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 # Prompt tokens per prefill pass: bounds its memory, whatever the length of the prompt.
 PREFILL_TOKENS = 2048
 

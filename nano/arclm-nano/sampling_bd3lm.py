@@ -1,5 +1,6 @@
 """The knobs of block-diffusion sampling, and the rule that accepts tokens at a denoising step."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entr
 DEFAULT_MAX_NEW_TOKENS = 256
 
 
+@lru_cache  # asked at every denoising step, and the same for the whole run
 def static_schedule(block_size: int, steps: int) -> list[int]:
     """How many tokens of a block the static strategies accept at each step: those left over the steps left, rounded.
 
