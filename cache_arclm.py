@@ -13,6 +13,7 @@ class ArcLMCache:
 
     Fields:
         keys, values: per full-attention layer [B, Hkv, S, head_dim], rotated, in the model dtype; `None` elsewhere.
+            Each is a view with room for more columns behind it (`append`).
         conv_states: per linear-attention layer [B, kernel - 1, conv_dim], the last inputs of the convolution.
         recurrent_states: per linear-attention layer [B, H, K, Vd] float32, the delta-rule memory S.
         lengths: [B] committed tokens of each row.
@@ -70,19 +71,55 @@ class ArcLMCache:
 
 
 class CacheAccess(NamedTuple):
-    """The cache as the layers of one forward pass see it: `commit` says whether they may write."""
+    """The cache as the layers of one forward pass see it.
+
+    Fields:
+        cache: the context.
+        num_noisy: columns of the noisy stream, the first ones, which are never kept.
+        commit: whether the columns of the clean stream are kept.
+    """
 
     cache: ArcLMCache
+    num_noisy: int
     commit: bool
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the context and the new tokens. `Qwen3_5Attention` calls it."""
-        if self.cache.keys[layer_idx] is not None:
-            key = torch.cat((self.cache.keys[layer_idx], key), 2)
-            value = torch.cat((self.cache.values[layer_idx], value), 2)
-        if self.commit:
-            self.cache.keys[layer_idx], self.cache.values[layer_idx] = key, value
-        return key, value
+        """Keys and values [B, Hkv, S + columns, head_dim] of context, clean stream and noisy stream in this order.
+
+        `Qwen3_5Attention` calls it.
+        """
+        joined = []
+        for kept, new in ((self.cache.keys, key), (self.cache.values, value)):
+            context = kept[layer_idx]
+            whole = append(context, torch.cat((new[:, :, self.num_noisy :], new[:, :, : self.num_noisy]), 2))
+            if self.commit:
+                kept[layer_idx] = whole[:, :, : whole.shape[2] - self.num_noisy]
+            elif context is not None and not whole.requires_grad:  # the same columns, which may have got room
+                kept[layer_idx] = whole[:, :, : context.shape[2]]
+            joined.append(whole)
+        return tuple(joined)
+
+
+def append(context: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """Join context [B, H, S, D] and new columns [B, H, n, D] without copying the context where it has room behind it.
+
+    The new columns are written into that room, beyond what `context` shows, so a denoising step changes no column of
+    the cache. Where there is no room, all is copied to a place with a quarter more than needed.
+    """
+    if context is None:
+        return new
+    if torch.is_grad_enabled() and (new.requires_grad or context.requires_grad):  # writing would break the graph
+        return torch.cat((context, new), 2)
+    batch, heads, columns, dim = context.shape
+    length = columns + new.shape[2]
+    has_room = context.stride(1) >= length * dim  # the distance of two heads
+    if not has_room or context.is_inference() != torch.is_inference_mode_enabled():  # torch forbids to mix these
+        room = context.new_empty(batch, heads, length + length // 4, dim)
+        room[:, :, :columns] = context
+        context = room
+    whole = context.as_strided((batch, heads, length, dim), context.stride())
+    whole[:, :, columns:] = new
+    return whole
 
 
 def last_tokens(x: torch.Tensor, count: int, token_mask: torch.Tensor | None) -> torch.Tensor:

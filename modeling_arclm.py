@@ -15,6 +15,7 @@ Sampling is in `generation_bd3lm.py`, noise and training in `train_bd3lm.py`.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from .configuration_arclm import ArcLMConfig
 from .gated_delta_rule import DeltaRuleInputs, gated_delta_rule
 from .generation_bd3lm import BD3LMGenerationMixin
 from .linear_cross_entropy import linear_cross_entropy
-from .streams_arclm import Streams, shift_right
+from .streams_arclm import Streams, check_inputs, shift_right
 
 
 class ArcLMRMSNormGated(nn.Module):
@@ -89,29 +90,43 @@ class ArcLMGatedDeltaNet(nn.Module):
         beta = self.in_proj_b(hidden_states).sigmoid()
         # float32: exp(A_log) and the sum of many small g lose too much in bfloat16
         g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias.float())
-        if streams.token_mask is not None and not streams.num_noisy:  # padding must leave the state as it is
-            beta, g = beta * streams.token_mask[..., None], g * streams.token_mask[..., None]
+        if streams.token_mask is not None and streams.num_noisy < mixed.shape[1]:
+            # padding must leave the state as it is
+            is_token = F.pad(streams.token_mask, (streams.num_noisy, 0), value=True)[..., None]
+            beta, g = beta * is_token, g * is_token
 
-        if 0 < streams.num_noisy < mixed.shape[1]:
+        if streams.noisy_blocks is not None:
             output = self._two_streams(mixed, beta, g, streams)
         else:
-            output = self._one_stream(mixed, beta, g, streams, access)
+            output = self._after_context(mixed, beta, g, streams, access)
 
         gate = self.in_proj_z(hidden_states).unflatten(-1, (-1, self.head_v_dim))
         return self.out_proj(self.norm(output, gate).flatten(2))
 
-    def _one_stream(self, mixed, beta, g, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
-        """Clean tokens, or one noisy block, after the context in the cache."""
-        history = access.cache.conv_states[self.layer_idx] if access is not None else None
-        state = access.cache.recurrent_states[self.layer_idx] if access is not None else None
+    def _after_context(self, mixed, beta, g, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
+        """Clean tokens after the context in the cache, then one noisy block after these, or one of the two."""
+        cache, split, outputs = None if access is None else access.cache, streams.num_noisy, []
+        history = None if cache is None else cache.conv_states[self.layer_idx]
+        state = None if cache is None else cache.recurrent_states[self.layer_idx]
         if history is None:
             history = mixed.new_zeros(mixed.shape[0], self.kernel - 1, mixed.shape[-1])
-        padded = torch.cat((history, mixed), 1)
-        output, state, _ = gated_delta_rule(self._heads(self.conv1d(padded), beta, g), state)
+
+        def read(columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            """Read columns from `history` and `state` on; returns the inputs of the convolution and the new state."""
+            padded = torch.cat((history, mixed[:, columns]), 1)
+            inputs = self._heads(self.conv1d(padded), beta[:, columns], g[:, columns])
+            output, new_state, _ = gated_delta_rule(inputs, state)
+            outputs.append(output)
+            return padded, new_state
+
+        if split < mixed.shape[1]:
+            padded, state = read(slice(split, None))
+            history = last_tokens(padded, self.kernel - 1, streams.token_mask)
+        if split:
+            read(slice(split))
         if access is not None and access.commit:
-            access.cache.conv_states[self.layer_idx] = last_tokens(padded, self.kernel - 1, streams.token_mask)
-            access.cache.recurrent_states[self.layer_idx] = state
-        return output
+            cache.conv_states[self.layer_idx], cache.recurrent_states[self.layer_idx] = history, state
+        return torch.cat(outputs[::-1], 1)
 
     def _two_streams(self, mixed, beta, g, streams: Streams) -> torch.Tensor:
         """The clean stream, then the noisy blocks as a batch of their own, each from its boundary state."""
@@ -275,15 +290,19 @@ class ArcLMModel(ArcLMPreTrainedModel):
         cache = past_key_values
         if use_cache and cache is None and noisy_input_ids is None:
             cache = ArcLMCache(len(self.layers))
-        self._check(input_ids, noisy_input_ids, cache, block_size, needed)
-        commit = cache is not None and noisy_input_ids is None and use_cache is not False
+        check_inputs(input_ids, noisy_input_ids, cache, needed, config=self.config, block_size=block_size)
+        if cache is not None and self.training and self.gradient_checkpointing:
+            raise ValueError("A cache does not go with gradient checkpointing in training. Call model.eval() first.")
+        commit = cache is not None and input_ids is not None and use_cache is not False
+        if cache is not None and input_ids is not None and noisy_input_ids is not None and not commit:
+            raise ValueError("Two streams over a cache commit input_ids: leave use_cache=False out.")
 
         dtype = self.embed_tokens.weight.dtype
         ids, streams = Streams.of(
             input_ids, noisy_input_ids, attention_mask, block_size=block_size, cache=cache, needed=needed
         )
         streams = streams.for_layers(self.config, cache, dtype)
-        access = None if cache is None else CacheAccess(cache, commit)
+        access = None if cache is None else CacheAccess(cache, streams.num_noisy, commit)
         hidden_states = self.embed_tokens(ids)
         layer_inputs = []
         for layer in self.layers:
@@ -293,59 +312,22 @@ class ArcLMModel(ArcLMPreTrainedModel):
         hidden_states = self.norm(hidden_states)
 
         noisy, clean = hidden_states.split((streams.num_noisy, ids.shape[1] - streams.num_noisy), 1)
+        if commit:
+            cache.advance(streams.token_mask, ids[:, streams.num_noisy :], clean)
         own = noisy if streams.num_noisy else clean
         shifted = self.config.right_shift_logits and streams.num_noisy
         predictive = shift_right(noisy, clean, streams, cache) if shifted else own
-        if commit:
-            cache.advance(streams.token_mask, ids, clean)
+        to_caller = partial(streams.to_caller, noisy=bool(streams.num_noisy))
         if output_hidden_states:
             own_columns = slice(0, streams.num_noisy or None)
-            layer_inputs = tuple(streams.to_caller(x[:, own_columns]) for x in (*layer_inputs, hidden_states))
+            layer_inputs = tuple(to_caller(x[:, own_columns]) for x in (*layer_inputs, hidden_states))
         return ArcLMModelOutput(
-            last_hidden_state=streams.to_caller(own),
-            clean_last_hidden_state=streams.to_caller(clean) if clean.shape[1] else None,
-            predictive_hidden_state=streams.to_caller(predictive),
+            last_hidden_state=to_caller(own),
+            clean_last_hidden_state=streams.to_caller(clean, noisy=False) if clean.shape[1] else None,
+            predictive_hidden_state=to_caller(predictive),
             past_key_values=cache,
             hidden_states=layer_inputs or None,
         )
-
-    def _check(self, input_ids, noisy_input_ids, cache: ArcLMCache | None, block_size: int, needed) -> None:
-        """Raise a ValueError that says what is allowed."""
-        if input_ids is None and noisy_input_ids is None:
-            raise ValueError("Neither input_ids nor noisy_input_ids was given. Pass one of them, or both to train.")
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(
-                f"block_size={block_size} is outside [1, {self.config.block_size}], up to the trained size."
-            )
-        ids = input_ids if noisy_input_ids is None else noisy_input_ids
-        if ids.ndim != 2 or not ids.numel():
-            raise ValueError(f"Token ids must be [batch, tokens] with at least one token, got {list(ids.shape)}.")
-        if needed is not None and needed.shape != ids.shape:
-            raise ValueError(f"labels must be {list(ids.shape)}, one per token, got {list(needed.shape)}.")
-        if input_ids is not None and noisy_input_ids is not None:
-            if input_ids.shape != noisy_input_ids.shape:
-                raise ValueError(
-                    f"input_ids {list(input_ids.shape)} and noisy_input_ids {list(noisy_input_ids.shape)} must have "
-                    "the same shape: they are two views of the same rows."
-                )
-            if cache is not None:
-                raise ValueError("Two streams take no cache. Commit input_ids alone, denoise noisy_input_ids alone.")
-        elif input_ids is None and ids.shape[1] > block_size:
-            raise ValueError(
-                f"noisy_input_ids has {ids.shape[1]} tokens, a denoising step reads one block of at most "
-                f"{block_size}. Pass the block alone, or input_ids as well for all blocks in one pass."
-            )
-        if cache is None:
-            return
-        if self.training and self.gradient_checkpointing:
-            raise ValueError("A cache does not go with gradient checkpointing in training. Call model.eval() first.")
-        cache.check(ids.shape[0], self.config)
-        whole_blocks = input_ids is None or self.config.context_attention == "block_causal"
-        if whole_blocks and cache.lengths is not None and (cache.lengths % block_size).any():
-            raise ValueError(
-                f"The cache holds {cache.lengths.tolist()} tokens per row, not multiples of block_size={block_size}. "
-                "Commit whole blocks, and keep the rest of the prompt at the head of the next block."
-            )
 
 
 class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, GenerationMixin):
@@ -389,11 +371,14 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         - `input_ids, noisy_input_ids`: both streams in one pass. Noisy logits at position i predict token i.
         - `input_ids, past_key_values` (or `use_cache=True`): prefill or commit; appends to the cache.
         - `noisy_input_ids, past_key_values`: a denoising step on the block after the context; changes nothing.
+        - `input_ids, noisy_input_ids, past_key_values`: a commit of `input_ids` and a denoising step on the block
+          after it, in one pass.
 
         Args:
             input_ids: [B, T] clean token ids, x_0.
-            attention_mask: [B, T] or [B, context + T], 1 for tokens; positions and blocks count from the first one.
-            noisy_input_ids: [B, T] noisy token ids, x_t; at most one block where no `input_ids` are given.
+            attention_mask: [B, T] or [B, context + T], 1 for tokens of `input_ids` (of `noisy_input_ids` where that is
+                alone); positions and blocks count from the first one.
+            noisy_input_ids: [B, T] noisy token ids, x_t; at most one block without `input_ids` or with a cache.
             past_key_values: the context, changed in place by a commit.
             use_cache: make a cache where none is given (`True`), or leave the given one unchanged (`False`).
             labels: [B, T] target ids, -100 for no target, compared with the logits at the same position.

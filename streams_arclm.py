@@ -25,11 +25,13 @@ class Streams(NamedTuple):
             . . . . | C C C C
             . . . . | C C C C
 
+    With both streams and a cache the noisy stream is one block, the one after the clean tokens.
+
     Fields:
         num_noisy: columns of the noisy stream: 0 (clean only), all (a denoising step), or with both streams those of
-            the noisy blocks that are read, always whole blocks.
+            the noisy blocks that are read, without a cache always whole blocks.
         block_size: tokens per block.
-        noisy_blocks: [B or 1, M] with both streams, the index of each noisy block, ascending.
+        noisy_blocks: [B or 1, M] with both streams and no cache, the index of each noisy block, ascending.
         position_ids: [B or 1, columns].
         order: [B, T], the caller's column that each aligned column comes from; `None` without padding.
         token_mask: [B, T] bool of the aligned rows, True for tokens, False for padding, which is on the right; `None`
@@ -60,11 +62,11 @@ class Streams(NamedTuple):
         cache: ArcLMCache | None = None,
         needed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, "Streams"]:
-        """Lay out one or both streams [B, T] after the context in `cache`; returns ids [B, columns] and the layout.
+        """Lay out one or both streams after the context in `cache`; returns ids [B, columns] and the layout.
 
         `needed` [B, T] bool limits the noisy stream to the blocks that hold a True.
         """
-        ids = input_ids if noisy_input_ids is None else noisy_input_ids
+        ids = noisy_input_ids if input_ids is None else input_ids
         tokens = ids.shape[1]
         order, token_mask = left_align(attention_mask, ids)
         columns = _align(ids, order)
@@ -73,11 +75,22 @@ class Streams(NamedTuple):
             position_ids = position_ids + cache.lengths[:, None]
         if input_ids is None or noisy_input_ids is None:
             return columns, cls(tokens if input_ids is None else 0, block_size, None, position_ids, order, token_mask)
+        if cache is not None:
+            starts = position_ids[:, :1] + (tokens if token_mask is None else token_mask.sum(1, keepdim=True))
+            if (starts % block_size).any():
+                raise ValueError(
+                    f"With input_ids the cache would hold {starts.flatten().tolist()} tokens per row, not multiples "
+                    f"of block_size={block_size}. A block that is denoised begins where whole blocks end."
+                )
+            noisy = starts + torch.arange(noisy_input_ids.shape[1], device=ids.device)
+            position_ids = torch.cat((noisy, position_ids.expand(len(noisy), -1)), 1)
+            columns = torch.cat((noisy_input_ids, columns), 1)
+            return columns, cls(noisy.shape[1], block_size, None, position_ids, order, token_mask)
 
         blocks = needed_blocks(_align(needed, order), tokens, block_size, ids.device)
         noisy = (blocks[..., None] * block_size + torch.arange(block_size, device=ids.device)).flatten(1)
-        columns = F.pad(columns, (0, -tokens % block_size)).gather(1, noisy.expand(len(ids), -1))
-        columns = torch.cat((columns, _align(input_ids, order)), 1)  # [x_t ; x_0]
+        x_t = F.pad(_align(noisy_input_ids, order), (0, -tokens % block_size)).gather(1, noisy.expand(len(ids), -1))
+        columns = torch.cat((x_t, columns), 1)  # [x_t ; x_0]
         position_ids = torch.cat((noisy, position_ids.expand(len(noisy), -1)), 1)
         return columns, cls(noisy.shape[1], block_size, blocks, position_ids, order, token_mask)
 
@@ -93,7 +106,10 @@ class Streams(NamedTuple):
         noisy = torch.arange(columns, device=cos.device) < self.num_noisy
         mask = _attention_mask(self.position_ids, noisy, self.block_size, config.context_attention == "causal")
         keys, tokens = self.token_mask, columns - self.num_noisy
-        if 0 < tokens < columns and (keys is not None or tokens % self.block_size):
+        if self.noisy_blocks is None:
+            if keys is not None and keys.shape[1] < columns:  # the padding is in the clean stream
+                keys = F.pad(keys, (self.num_noisy, 0), value=True)
+        elif keys is not None or tokens % self.block_size:
             # the noisy stream has whole blocks, the last of which may go beyond the row
             keys = mask.new_ones(1, tokens) if keys is None else keys
             noisy_keys = self.position_ids[:, : self.num_noisy] < keys.sum(1, keepdim=True)
@@ -101,6 +117,8 @@ class Streams(NamedTuple):
             keys = torch.cat((noisy_keys.expand(rows, -1), keys.expand(rows, -1)), 1)
         if keys is not None:  # a padding query keeps itself, for a softmax over nothing is NaN
             mask = mask & keys[:, None] | torch.eye(columns, dtype=torch.bool, device=mask.device)
+        if cache is not None:
+            mask = mask.roll(-self.num_noisy, -1)  # the cache puts the noisy stream behind the clean one
         if cache is not None and cache.num_columns:
             context = mask.new_ones(1, 1, cache.num_columns) if cache.token_mask is None else cache.token_mask[:, None]
             rows = max(len(mask), len(context))
@@ -110,10 +128,13 @@ class Streams(NamedTuple):
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         return self._replace(cos=cos, sin=sin, attention_mask=mask)
 
-    def to_caller(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def to_caller(self, hidden_states: torch.Tensor, *, noisy: bool) -> torch.Tensor:
         """Hidden states of one stream, noisy or clean, in the caller's columns [B, T, D]; 0 where not read."""
-        tokens = self.position_ids.shape[1] - self.num_noisy or self.num_noisy
-        if hidden_states.shape[1] != tokens:  # some of the noisy blocks, or a last one that goes beyond the row
+        tokens = self.position_ids.shape[1] - self.num_noisy
+        if noisy and tokens and self.noisy_blocks is None:  # one block after the clean tokens, as the caller gave it
+            return hidden_states
+        if noisy and tokens and hidden_states.shape[1] != tokens:
+            # some of the noisy blocks, or a last one that goes beyond the row
             batch, num_noisy, dim = hidden_states.shape
             index = self.position_ids[:, :num_noisy, None].expand(batch, -1, dim)
             whole = hidden_states.new_zeros(batch, -(-tokens // self.block_size) * self.block_size, dim)
@@ -203,7 +224,7 @@ def shift_right(noisy: torch.Tensor, clean: torch.Tensor, streams: Streams, cach
     """
     previous = torch.cat((noisy[:, :1], noisy[:, :-1]), 1)
     position_ids = streams.position_ids[:, : streams.num_noisy, None].expand(len(noisy), -1, noisy.shape[-1])
-    if clean.shape[1]:
+    if cache is None and clean.shape[1]:
         last = (position_ids - 1).clamp(min=0, max=clean.shape[1] - 1)
         starts = (position_ids % streams.block_size == 0) & (position_ids > 0)
         return torch.where(starts, clean.gather(1, last), previous)
@@ -211,3 +232,46 @@ def shift_right(noisy: torch.Tensor, clean: torch.Tensor, streams: Streams, cach
         first = torch.where(position_ids[:, :1] > 0, cache.last_hidden_state, noisy[:, :1])
         return torch.cat((first, previous[:, 1:]), 1)
     return previous
+
+
+def check_inputs(
+    input_ids: torch.Tensor | None,
+    noisy_input_ids: torch.Tensor | None,
+    cache: ArcLMCache | None,
+    needed: torch.Tensor | None,
+    *,
+    config,
+    block_size: int,
+) -> None:
+    """Raise a ValueError that says what is allowed unless the inputs of a forward pass fit together."""
+    if input_ids is None and noisy_input_ids is None:
+        raise ValueError("Neither input_ids nor noisy_input_ids was given. Pass one of them, or both to train.")
+    if not 1 <= block_size <= config.block_size:
+        raise ValueError(f"block_size={block_size} is outside [1, {config.block_size}], up to the trained size.")
+    for ids in (input_ids, noisy_input_ids):
+        if ids is not None and (ids.ndim != 2 or not ids.numel()):
+            raise ValueError(f"Token ids must be [batch, tokens] with at least one token, got {list(ids.shape)}.")
+    ids = input_ids if noisy_input_ids is None else noisy_input_ids
+    if needed is not None and needed.shape != ids.shape:
+        raise ValueError(f"labels must be {list(ids.shape)}, one per token, got {list(needed.shape)}.")
+    one_block = noisy_input_ids is not None and (input_ids is None or cache is not None)
+    if one_block and ids.shape[1] > block_size:
+        raise ValueError(
+            f"noisy_input_ids has {ids.shape[1]} tokens, a denoising step reads one block of at most {block_size}. "
+            "Pass the block alone, or without a cache input_ids of the same shape for all blocks in one pass."
+        )
+    if input_ids is not None and ids.shape != (input_ids.shape if cache is None else (len(input_ids), ids.shape[1])):
+        raise ValueError(
+            f"input_ids {list(input_ids.shape)} and noisy_input_ids {list(ids.shape)} must have the same shape: they "
+            "are two views of the same rows. Only with a cache, where noisy_input_ids is the block after input_ids, "
+            "may their lengths differ."
+        )
+    if cache is None:
+        return
+    cache.check(ids.shape[0], config)
+    whole_blocks = input_ids is None or config.context_attention == "block_causal"
+    if whole_blocks and cache.lengths is not None and (cache.lengths % block_size).any():
+        raise ValueError(
+            f"The cache holds {cache.lengths.tolist()} tokens per row, not multiples of block_size={block_size}. "
+            "Commit whole blocks, and keep the rest of the prompt at the head of the next block."
+        )

@@ -18,9 +18,10 @@ class Scripted(ArcLMForDiffusionLM):
         return self
 
     def forward(self, input_ids=None, noisy_input_ids=None, past_key_values=None, **kwargs):
-        self.calls.append("denoise" if input_ids is None else "commit")
+        names = {"commit": input_ids, "denoise": noisy_input_ids}
+        self.calls.append(" and ".join(name for name, ids in names.items() if ids is not None))
         output = super().forward(input_ids, noisy_input_ids=noisy_input_ids, past_key_values=past_key_values, **kwargs)
-        if input_ids is not None:
+        if noisy_input_ids is None:
             return output
         batch, block = noisy_input_ids.shape
         starts = torch.zeros(batch, dtype=torch.long) if past_key_values is None else past_key_values.lengths

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import MASK, tiny_model, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -132,8 +133,9 @@ def test_sequential_goes_from_left_to_right_and_random_in_an_order_of_its_own():
 def test_steps_are_divided_among_the_blocks_as_dllm_does(knobs, steps):
     model = scripted([10, 11, 12, 13])
     output = greedy(model, tokens(1, 4), max_new_tokens=12, **knobs)
-    assert model.calls.count("denoise") == steps
-    assert output.nfe == len(model.calls)
+    assert sum("denoise" in call for call in model.calls) == steps
+    assert model.calls.count("commit") == 1  # the prompt
+    assert output.nfe == len(model.calls) == 1 + steps
     assert output.sequences.shape == (1, 16)
 
 
@@ -150,7 +152,8 @@ def test_a_row_stops_at_an_end_token_in_the_middle_of_a_block():
     model = scripted([10, 11, 12, 13, 14, EOS, 15, 16])
     output = greedy(model, tokens(1, 8), max_new_tokens=16)
     assert output.sequences[0, 8:].tolist() == [10, 11, 12, 13, 14, EOS]
-    assert output.nfe == 1 + 4 + 1 + 2  # prefill, block, commit, two steps up to the end token
+    assert output.nfe == 1 + 4 + 2  # prefill, block, two steps up to the end token, the first with the commit
+    assert model.calls[5] == "commit and denoise"
 
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic", "entropy_bound"])
@@ -322,35 +325,57 @@ def test_the_streamer_gets_the_prompt_then_each_block_and_the_drafts():
     assert output[0, 10:].tolist() == [12, 13, 14, EOS]
 
 
+def test_a_block_that_needs_no_step_is_committed_all_the_same():
+    """Masks in block 0, none in block 1, new tokens in block 2: no step takes the commit of block 0 along."""
+    model = scripted([10, 11, 12, 13])
+    prompt = tokens(1, 9).index_fill(1, torch.tensor([2]), MASK)
+    output = greedy(model, prompt, max_new_tokens=3)
+    assert model.calls == ["denoise", "commit", "commit and denoise", "denoise", "denoise"]
+    assert output.sequences[0, 2:].tolist() == [12, *tokens(1, 9)[0, 3:].tolist(), 11, 12, 13]
+    assert output.past_key_values.row_token_ids(0).tolist() == output.sequences[0, :8].tolist()
+
+
 # Progress, on many inputs
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_prompt_and_knobs_give_the_right_shape_and_no_mask_token(data):
     model = MODELS[data.draw(st.sampled_from(sorted(MODELS)))]
     lengths = data.draw(st.lists(st.integers(1, 13), min_size=1, max_size=3))
     new = data.draw(st.integers(1, 13))
-    width = max(lengths)
-    ids = torch.stack(
-        [torch.cat((torch.zeros(width - n, dtype=torch.long), tokens(1, n, seed=n)[0])) for n in lengths]
-    )
+    width = max(lengths) + data.draw(st.integers(0, 2))
+    pads = [data.draw(st.integers(0, width - n)) for n in lengths]  # on the left, the rest on the right
+    ids = torch.stack([F.pad(tokens(1, n, seed=n)[0], (p, width - n - p)) for n, p in zip(lengths, pads, strict=True)])
+    is_token = ids != PAD
+    ids[data.draw(st.lists(st.booleans(), min_size=width, max_size=width).map(torch.tensor)) & is_token] = MASK
     knobs = {
         "block_size": data.draw(st.integers(1, model.config.block_size)),
         "remasking_strategy": data.draw(st.sampled_from(REMASKING_STRATEGIES)),
         "entropy_bound": data.draw(st.floats(0, 9)),
         "confidence_threshold": data.draw(st.floats(0, 1)),
         "max_denoising_steps": data.draw(st.none() | st.integers(1, 9)),
+        "steps": data.draw(st.none() | st.integers(13, 99)),
         "do_sample": data.draw(st.booleans()),
+        "temperature": data.draw(st.floats(0.1, 2)),
+        "repetition_penalty": data.draw(st.sampled_from([1.0, 1.3])),
+        "eos_token_id": data.draw(st.sampled_from([EOS, list(range(1, 50))])),
     }
     output = model.generate(
-        ids, attention_mask=(ids != 0).long(), max_new_tokens=new, return_dict_in_generate=True, **knobs
+        ids, attention_mask=is_token.long(), max_new_tokens=new, return_dict_in_generate=True, **knobs
     )
-    blocks = -(-(new + knobs["block_size"] - 1) // knobs["block_size"])
-    assert torch.equal(output.sequences[:, :width], ids)
+    given_ids = ids != MASK
+    assert torch.equal(output.sequences[:, :width][given_ids], ids[given_ids])
     assert width < output.sequences.shape[1] <= width + new
     assert not (output.sequences == MASK).any()
-    assert output.nfe <= 1 + blocks * (1 + min(knobs["block_size"], knobs["max_denoising_steps"] or 99))
+    for row in output.sequences[:, width:].tolist():
+        ends = [i for i, token in enumerate(row) if token in torch.tensor(knobs["eos_token_id"]).view(-1).tolist()]
+        assert all(token == PAD for token in row[ends[0] + 1 :]) if ends else len(row) == new
+    # at most one pass for the complete blocks of the prompts, then the steps, and a commit where there are none
+    blocks = -(-(max(lengths) + new) // knobs["block_size"])
+    assert output.nfe <= 1 + blocks * min(knobs["block_size"], knobs["max_denoising_steps"] or 99)
+    assert ((output.tokens_per_forward > 0) & (output.tokens_per_forward <= knobs["block_size"])).all()
+    assert output.past_key_values is None or (output.past_key_values.lengths % knobs["block_size"] == 0).all()
 
 
 MODELS = {

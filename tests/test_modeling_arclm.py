@@ -4,6 +4,7 @@ E1 one pass = block by block. E2 no leak. E3 the parent inside. E4 padding is no
 E7 no noise, no difference.
 """
 
+import copy
 import itertools
 
 import pytest
@@ -227,6 +228,58 @@ def test_e5_reading_leaves_no_trace(variant):
         assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_a_commit_and_the_next_denoising_step_in_one_pass_equal_the_two(variant):
+    model, block_size = tiny_model(**variant), variant["block_size"]
+    prompts = left_padded([tokens(1, n * block_size, seed=n)[0] for n in (3, 1, 2)])
+    one, two = (model(**prompts, use_cache=True).past_key_values for _ in range(2))
+    for seed, goes_on in ((1, [1, 1, 1]), (2, [1, 0, 1]), (3, [1, 1, 0])):  # 0 keeps its context
+        block, following = tokens(3, block_size, seed=seed), noisy(tokens(3, block_size, seed=seed + 7))
+        mask = None if all(goes_on) else torch.tensor(goes_on)[:, None].expand_as(block)
+        model(block, mask, past_key_values=two, use_cache=True)
+        expected = model(noisy_input_ids=following, past_key_values=two, output_hidden_states=True)
+        both = model(block, mask, noisy_input_ids=following, past_key_values=one, output_hidden_states=True)
+        assert error(both.logits, expected.logits) < 1e-4
+        assert error(both.hidden_states[1], expected.hidden_states[1]) < 1e-4
+        for a, b in zip(flat(one), flat(two), strict=True):
+            if isinstance(a, torch.Tensor) and a.ndim == 4 and a.shape == b.shape:
+                assert error(a, b) < 1e-4
+    columns = one.token_mask[:, None, :, None]
+    assert all(a is None or error(a * columns, b * columns) < 1e-4 for a, b in zip(one.keys, two.keys, strict=True))
+    assert torch.equal(one.lengths, two.lengths)
+    assert all(torch.equal(one.row_token_ids(row), two.row_token_ids(row)) for row in range(3))
+    assert error(one.last_hidden_state, two.last_hidden_state) < 1e-4
+
+
+def test_a_pass_over_the_context_does_not_copy_it():
+    model, block = tiny_model(block_size=4), noisy(tokens(2, 4))
+    cache = model(tokens(2, 40), use_cache=True).past_key_values
+    model(noisy_input_ids=block, past_key_values=cache)  # moves the context to a place with room
+    places = [key.data_ptr() for key in cache.keys if key is not None]
+    model(tokens(2, 4), past_key_values=cache)
+    model(tokens(2, 4), noisy_input_ids=block, past_key_values=cache)
+    assert [key.data_ptr() for key in cache.keys if key is not None] == places
+    assert cache.get_seq_length() == cache.keys[1].shape[2] == 48
+
+
+def test_a_cache_survives_copying_gradients_and_inference_mode():
+    model, block = tiny_model(block_size=4), noisy(tokens(2, 4))
+    with torch.inference_mode():
+        cache = model(tokens(2, 8), use_cache=True).past_key_values
+        model(tokens(2, 4, seed=1), past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    expected = model(tokens(2, 4, seed=2), noisy_input_ids=block, past_key_values=cache).logits
+    assert error(model(tokens(2, 4, seed=2), noisy_input_ids=block, past_key_values=twin).logits, expected) < 1e-5
+    with torch.enable_grad():
+        for _ in range(2):  # the second pass must not meet the graph of the first
+            model.zero_grad()
+            logits = model(noisy_input_ids=block, past_key_values=cache).logits
+            logits.sum().backward()
+    assert error(logits, expected) < 1e-5
+    assert model.model.layers[1].self_attn.k_proj.weight.grad.abs().sum() > 0
+    assert not cache.keys[1].requires_grad
+
+
 def flat(cache) -> list:
     """Everything a cache holds."""
     return [x for value in vars(cache).values() for x in (value if isinstance(value, list) else [value])]
@@ -318,8 +371,17 @@ def bad_calls():
         "Neither input_ids nor noisy_input_ids": lambda m: m(),
         r"at least one token, got \[2, 0\]": lambda m: m(x[:, :0]),
         r"input_ids \[2, 16\] and noisy_input_ids \[2, 15\]": lambda m: m(x, noisy_input_ids=x[:, 1:]),
-        "Two streams take no cache": lambda m: m(
-            x, noisy_input_ids=x, past_key_values=m(x, use_cache=True).past_key_values
+        "commit input_ids: leave use_cache=False out": lambda m: m(
+            x, noisy_input_ids=x, past_key_values=m(x, use_cache=True).past_key_values, use_cache=False
+        ),
+        r"With input_ids the cache would hold \[32, 28\] tokens per row, not multiples of block_size=16": lambda m: m(
+            x,
+            (torch.arange(16) >= torch.tensor([[0], [4]])).long(),
+            noisy_input_ids=x,
+            past_key_values=m(x, use_cache=True).past_key_values,
+        ),
+        r"input_ids \[2, 16\] and noisy_input_ids \[1, 16\]": lambda m: m(
+            x, noisy_input_ids=x[:1], past_key_values=m(x, use_cache=True).past_key_values
         ),
         "noisy_input_ids has 17 tokens, a denoising step reads one block of at most 16": lambda m: m(
             noisy_input_ids=tokens(2, 17)

@@ -44,7 +44,8 @@ class BD3LMGenerateOutput(ModelOutput):
     Fields:
         sequences: [B, prompt + new] token ids, the prompt first, padded on the right after an end token.
         tokens_per_forward: [B] float, generated tokens up to and with the end token per denoising step of the row.
-        nfe: all forward passes of the batch: prefill, denoising steps and commits.
+        nfe: all forward passes of the batch: prefill and denoising steps. A commit shares one with the first denoising
+            step of the next block.
         past_key_values: the cache of all complete blocks that were committed; `None` where one goes beyond the end
             that a stopping criterion gave its row.
         history: one [B, block_size] tensor of ids per denoising step, the block after the step, on the CPU.
@@ -81,9 +82,9 @@ class BD3LMGenerationMixin:
            a. start the block as the rest of the prompt plus mask tokens;
            b. denoise: forward, accept some tokens, until none is masked;
            c. hand the new tokens to the streamer;
-           d. commit the block, if there is another one.
+           d. commit the block, if there is another one, in the pass of that one's first denoising step.
 
-        2, 3.b and 3.d are the only forward passes.
+        2 and 3.b are the only forward passes, but for a commit that no denoising step follows.
 
         Args:
             input_ids: [B, P] prompts, padded on the left where they differ in length. Mask tokens in a prompt are
@@ -185,6 +186,7 @@ class _Run:
         ends: [B] number of tokens up to and with the end token, `limits` where there is none yet.
         finished: [B] bool.
         checked: number of new tokens that the stopping criteria have seen.
+        to_commit: inputs of the forward pass that commit the last block, {} once it is committed.
     """
 
     def __init__(self, model, input_ids, attention_mask, config, knobs, cache):
@@ -232,6 +234,7 @@ class _Run:
         self.starts = self.was_masked.int().argmax(1) // self.block_size * self.block_size
         self.ends, self.finished = self.limits.clone(), torch.zeros_like(self.limits, dtype=torch.bool)
         self.row_steps, self.nfe, self.history, self.checked = torch.zeros_like(self.limits), 0, [], 0
+        self.to_commit = {}
         model._prepare_special_tokens(config, attention_mask is not None, device=input_ids.device, batch_size=batch)
         self.eos = input_ids.new_empty(0) if config._eos_token_tensor is None else config._eos_token_tensor
         per_block = self.block_size if steps is None else -(-steps // num_blocks)
@@ -292,7 +295,8 @@ class _Run:
             model is does not depend on how the caller samples. An end token behind another proposed end token counts
             as unsure, 0 and 1e4 nats: it comes for nothing once the first one is accepted.
         """
-        logits = self.forward(noisy_input_ids=block)
+        logits = self.forward(noisy_input_ids=block, **self.to_commit)
+        self.to_commit = {}
         self.row_steps += is_masked.any(1)
         scores = logits[is_masked].float()  # [M, V]
         if not scores.isfinite().all():
@@ -388,10 +392,19 @@ class _Run:
         return bool(self.finished.all())
 
     def commit(self, block: torch.Tensor) -> None:
-        """Append the block to the cache of every row that goes on."""
+        """Have the block appended to the cache of every row that goes on, by the next forward pass."""
+        self.flush()
         mask = None if not self.finished.any() else (~self.finished)[:, None].expand_as(block).long()
-        self.forward(input_ids=block, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        self.to_commit = {"input_ids": block, "attention_mask": mask, "use_cache": True}
         self.starts = torch.where(self.finished, self.starts, self.starts + self.block_size)
+        if self.cache is None:  # two streams without a cache are a pass over all blocks
+            self.flush()
+
+    def flush(self) -> None:
+        """Commit what no denoising step followed."""
+        if self.to_commit:
+            self.forward(**self.to_commit, logits_to_keep=1)
+            self.to_commit = {}
 
     def sequences(self, new: int | None = None) -> torch.Tensor:
         """[B, P + new] prompts as given, mask tokens filled, then the new tokens, padded after the end."""
@@ -407,6 +420,7 @@ class _Run:
 
     def output(self) -> BD3LMGenerateOutput:
         column = torch.arange(self.ids.shape[1], device=self.ids.device)
+        self.flush()
         generated = (self.was_masked & (column < self.ends[:, None])).sum(1)
         if self.cache is not None and self.cache.lengths is not None and (self.cache.lengths > self.ends).any():
             self.cache = None  # a row was committed before its criterion was asked
