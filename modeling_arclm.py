@@ -290,18 +290,16 @@ class ArcLMModel(ArcLMPreTrainedModel):
         cache = past_key_values
         if use_cache and cache is None and noisy_input_ids is None:
             cache = ArcLMCache(len(self.layers))
-        check_inputs(input_ids, noisy_input_ids, cache, needed, config=self.config, block_size=block_size)
+        check_inputs(
+            input_ids, noisy_input_ids, cache, needed, use_cache=use_cache, config=self.config, block_size=block_size
+        )
         if cache is not None and self.training and self.gradient_checkpointing:
             raise ValueError("A cache does not go with gradient checkpointing in training. Call model.eval() first.")
         commit = cache is not None and input_ids is not None and use_cache is not False
-        if cache is not None and input_ids is not None and noisy_input_ids is not None and not commit:
-            raise ValueError("Two streams over a cache commit input_ids: leave use_cache=False out.")
-
-        dtype = self.embed_tokens.weight.dtype
         ids, streams = Streams.of(
             input_ids, noisy_input_ids, attention_mask, block_size=block_size, cache=cache, needed=needed
         )
-        streams = streams.for_layers(self.config, cache, dtype)
+        streams = streams.for_layers(self.config, cache, self.embed_tokens.weight.dtype)
         access = None if cache is None else CacheAccess(cache, streams.num_noisy, commit)
         hidden_states = self.embed_tokens(ids)
         layer_inputs = []
@@ -371,13 +369,11 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         - `input_ids, noisy_input_ids`: both streams in one pass. Noisy logits at position i predict token i.
         - `input_ids, past_key_values` (or `use_cache=True`): prefill or commit; appends to the cache.
         - `noisy_input_ids, past_key_values`: a denoising step on the block after the context; changes nothing.
-        - `input_ids, noisy_input_ids, past_key_values`: a commit of `input_ids` and a denoising step on the block
-          after it, in one pass.
+        - `input_ids, noisy_input_ids, past_key_values`: a commit, and a denoising step on the block after it.
 
         Args:
             input_ids: [B, T] clean token ids, x_0.
-            attention_mask: [B, T] or [B, context + T], 1 for tokens of `input_ids` (of `noisy_input_ids` where that is
-                alone); positions and blocks count from the first one.
+            attention_mask: [B, T] or [B, context + T], 1 for tokens; positions and blocks count from the first one.
             noisy_input_ids: [B, T] noisy token ids, x_t; at most one block without `input_ids` or with a cache.
             past_key_values: the context, changed in place by a commit.
             use_cache: make a cache where none is given (`True`), or leave the given one unchanged (`False`).

@@ -5,6 +5,7 @@ python nano/evaluate.py --model_name_or_path nano/arclm-nano-base --tasks_per_fa
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +24,25 @@ from transformers import (
 from arclm.nano.world import Task, check, tasks_per_family
 
 
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], **options) -> dict:
+    """Generate an answer to every task and count the exact matches.
+
+    An answer counts only where the model also ended it: a generation without the end token is wrong. For the arguments
+    see `answer`.
+
+    Returns:
+        {"all": row, "families": {family: row | {"kinds": {kind: row}}}}. A row has `accuracy` in [0, 1], `tasks`,
+        `answer_tokens` (mean, end token included) and, if the model reports it, `tokens_per_forward` (mean over
+        tasks).
+    """
+    records = []
+    for task, ids, rate in answer(model, tokenizer, tasks, **options):
+        records.append((task, *judge(tokenizer, task, ids), rate))
+    return summarize(records)
+
+
 @torch.no_grad()
-def evaluate(
+def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[Task],
@@ -32,10 +50,8 @@ def evaluate(
     batch_size: int = 64,
     progress: bool = False,
     **generate_kwargs,
-) -> dict:
-    """Generate an answer to every task and count the exact matches.
-
-    An answer counts only where the model also ended it: a generation without the end token is wrong.
+) -> Iterator[tuple[Task, list[int], float | None]]:
+    """Yield each task, sorted by the length of its prompt, with the generated ids and their tokens per forward.
 
     Args:
         model: anything whose `generate` takes a left-padded batch and returns prompt and generation.
@@ -44,17 +60,11 @@ def evaluate(
         batch_size: rows per batch.
         progress: show a progress bar.
         generate_kwargs: passed to `generate` over the defaults (greedy, at most 128 new tokens).
-
-    Returns:
-        {"all": row, "families": {family: row | {"kinds": {kind: row}}}}. A row has `accuracy` in [0, 1], `tasks`,
-        `answer_tokens` (mean, end token included) and, if the model reports it, `tokens_per_forward` (mean over
-        tasks).
     """
     generate_kwargs = {"do_sample": False, "max_new_tokens": 128} | generate_kwargs
     prompts = [render_prompt(tokenizer, task) for task in tasks]
     order = sorted(range(len(tasks)), key=lambda index: len(prompts[index]))
     starts = range(0, len(order), batch_size)
-    records = []
     for start in track(starts, description="evaluating") if progress else starts:
         indices = order[start : start + batch_size]
         # without the tasks' own special tokens: the prompts hold them already
@@ -74,9 +84,7 @@ def evaluate(
         rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         rates = getattr(output, "tokens_per_forward", None)
         rates = [None] * len(rows) if rates is None else torch.as_tensor(rates).expand(len(rows)).tolist()
-        for index, row, rate in zip(indices, rows, rates, strict=True):
-            records.append((tasks[index], *judge(tokenizer, tasks[index], row), rate))
-    return summarize(records)
+        yield from zip([tasks[i] for i in indices], rows, rates, strict=True)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, task: Task) -> str:

@@ -240,6 +240,7 @@ def check_inputs(
     cache: ArcLMCache | None,
     needed: torch.Tensor | None,
     *,
+    use_cache: bool | None,
     config,
     block_size: int,
 ) -> None:
@@ -268,6 +269,8 @@ def check_inputs(
         )
     if cache is None:
         return
+    if use_cache is False and input_ids is not None and noisy_input_ids is not None:
+        raise ValueError("Two streams over a cache commit input_ids: leave use_cache=False out.")
     cache.check(ids.shape[0], config)
     whole_blocks = input_ids is None or config.context_attention == "block_causal"
     if whole_blocks and cache.lengths is not None and (cache.lengths % block_size).any():

@@ -1,0 +1,91 @@
+"""Scores of arcLM-nano and its parent in lm-evaluation-harness, at batch sizes 1 and 4.
+
+    python benchmarks/lm_eval_nano.py
+
+runs the task of benchmarks/lm_eval_tasks on nano/arclm-nano-base and nano/arclm-nano by the harness' own `hf` model,
+greedy, and writes benchmarks/results/lm_eval_nano.json. The 400 tasks are the reasoning tasks of nano_first.py, so its
+figures at one token per step have to come out again. "same_generations" counts the tasks with the same text at both
+batch sizes.
+"""
+
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+
+ROOT = Path(__file__).resolve().parents[1]
+# without the harness' own tasks: it would read thousands of files
+TASKS = TaskManager(include_path=str(ROOT / "benchmarks" / "lm_eval_tasks"), include_defaults=False)
+TASK = "nano_gsm8k"
+BATCH_SIZES = (1, 4)
+MODEL_ARGS = "pretrained={},trust_remote_code=True,dtype=float32,enable_thinking=True,think_end_token=</think>"
+
+
+@dataclass
+class LmEvalNanoArguments:
+    """What to measure."""
+
+    parent: str = HfArg(default=str(ROOT / "nano" / "arclm-nano-base"), help="Directory of the parent.")
+    model: str = HfArg(default=str(ROOT / "nano" / "arclm-nano"), help="Directory of the converted, trained model.")
+    limit: int | None = HfArg(default=None, help="Number of tasks, all 400 if unset.")
+    output_file: str = HfArg(default=str(ROOT / "benchmarks" / "results" / "lm_eval_nano.json"), help="Result file.")
+
+
+def run(path: str, batch_size: int, limit: int | None) -> tuple[dict[str, float], list[str]]:
+    """Run the task.
+
+    Returns:
+        accuracy in [0, 1] by filter, and what was generated after the thoughts, task by task.
+    """
+    results = simple_evaluate(
+        "hf",
+        model_args=MODEL_ARGS.format(path),
+        tasks=[TASK],
+        task_manager=TASKS,
+        apply_chat_template=True,
+        batch_size=batch_size,
+        device="cpu",
+        limit=limit,
+    )
+    samples = [sample for sample in results["samples"][TASK] if sample["filter"] == "strict-match"]
+    generations = [sample["resps"][0][0] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    scores = results["results"][TASK]
+    filters = ("strict-match", "flexible-extract")
+    return {name: float(scores[f"exact_match,{name}"]) for name in filters}, generations
+
+
+def main() -> None:
+    """Measure, write, print."""
+    args = HfArgumentParser(LmEvalNanoArguments).parse_args_into_dataclasses()[0]
+    models, start = {}, time.perf_counter()
+    for name, path in (("parent", args.parent), ("arclm", args.model)):
+        runs = {size: run(path, size, args.limit) for size in BATCH_SIZES}
+        one, four = (generations for _, generations in runs.values())
+        models[name] = {f"batch_{size}": scores for size, (scores, _) in runs.items()}
+        models[name]["same_generations"] = sum(a == b for a, b in zip(one, four, strict=True))
+    record = {
+        "what": "Exact match in lm-evaluation-harness, greedy, one token per denoising step.",
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU, float32",
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("lm_eval", "torch", "transformers", "tokenizers")},
+        "task": f"benchmarks/lm_eval_tasks/{TASK}.yaml",
+        "tasks": len(one),
+        "seconds": round(time.perf_counter() - start),
+        "models": models,
+    }
+    text = json.dumps(record, indent=2)
+    Path(args.output_file).write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
