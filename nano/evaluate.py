@@ -111,6 +111,36 @@ def judge(tokenizer: PreTrainedTokenizerBase, task: Task, generated: list[int]) 
     return check(task, tokenizer.decode(generated[:end], skip_special_tokens=False)), end + 1
 
 
+def degeneration(tokenizer: PreTrainedTokenizerBase, task: Task, generated: list[int]) -> str | None:
+    """Name what makes a generation degenerate, `None` for one that is merely right or wrong.
+
+    - "no end": it does not stop.
+    - "special tokens": special tokens stand before the end token. A right answer has none.
+    - "repeated span": a span comes three or more times in a row, at least 8 tokens in all and more than in the right
+      answer (there are tasks to repeat something).
+    """
+    if tokenizer.eos_token_id not in generated:
+        return "no end"
+    generated = generated[: generated.index(tokenizer.eos_token_id)]
+    if set(generated) & set(tokenizer.all_special_ids):
+        return "special tokens"
+    texts = [task.answer.get("reasoning_content") or "", task.answer.get("content") or ""]
+    reference = max(repeated_tokens(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+    return "repeated span" if repeated_tokens(generated) >= max(8, reference + 1) else None
+
+
+def repeated_tokens(ids: list[int], most: int = 16) -> int:
+    """The most tokens that one span of up to `most` tokens covers by coming three or more times in a row."""
+    covered = 0
+    for span in range(1, most + 1):
+        equal = 0  # consecutive positions that agree with the one a span earlier
+        for i in range(span, len(ids)):
+            equal = equal + 1 if ids[i] == ids[i - span] else 0
+            if equal >= 2 * span:
+                covered = max(covered, (equal // span + 1) * span)
+    return covered
+
+
 def summarize(records: list[tuple[Task, bool, int, float | None]]) -> dict:
     """Average (task, correct, answer tokens, tokens per forward) per family and kind."""
     groups = defaultdict(list)

@@ -92,6 +92,13 @@ def test_rows_that_stop_at_different_lengths_need_a_pad_token():
     assert model.generate(tokens(1, 8), stopping_criteria=stop, max_new_tokens=9).shape == (1, 10)
 
 
+def test_knobs_of_another_type_are_refused():
+    with pytest.raises(TypeError, match=r"steps=2\.5 must be a whole number"):
+        tiny_model().generate(tokens(1, 8), steps=2.5)
+    with pytest.raises(TypeError, match="confidence_threshold='high' must be a number"):
+        tiny_model().generate(tokens(1, 8), confidence_threshold="high")
+
+
 def test_misspelled_knobs_are_refused():
     with pytest.raises(TypeError, match="unknown arguments blok_size"):
         tiny_model().generate(tokens(1, 8), blok_size=4)

@@ -1,6 +1,7 @@
 """The knobs of block-diffusion sampling, and the rule that accepts tokens at a denoising step."""
 
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ KNOBS = {
     "confidence_threshold": 0.9,
     "entropy_bound": 0.1,
 }
+KINDS = {"block_size": Integral, "steps": Integral, "max_denoising_steps": Integral}
+KINDS |= {"confidence_threshold": Real, "entropy_bound": Real}
 REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entropy_bound", "sequential", "random")
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -79,7 +82,11 @@ def accept_tokens(
 
 
 def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
-    """Raise a ValueError that names the knob, its value and what is allowed."""
+    """Raise a ValueError or TypeError that names the knob, its value and what is allowed."""
+    for name, kind in KINDS.items():
+        if knobs[name] is not None and not isinstance(knobs[name], kind):
+            word = "a whole number" if kind is Integral else "a number"
+            raise TypeError(f"{name}={knobs[name]!r} must be {word}.")
     if knobs["remasking_strategy"] not in REMASKING_STRATEGIES:
         raise ValueError(
             f"remasking_strategy={knobs['remasking_strategy']!r} is unknown. "
