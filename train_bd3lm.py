@@ -1,30 +1,24 @@
 """Train an arcLM model with block diffusion (BD3LM) on chat data, on transformers' Trainer.
 
+    python train_bd3lm.py                                  (the model card's run: its mixture on arclm-0.8b)
     python train_bd3lm.py --model_name_or_path DIR --train_file chats.jsonl --output_dir OUT
     python train_bd3lm.py --model_name_or_path DIR --dataset_name ORG/NAME --output_dir OUT
 
-Every assistant turn becomes one sample: the chat before it with the generation prompt, which is never masked, and the
-response. `BD3LMTrainer.compute_loss` draws the noise. The file reads in this order: noise, data, trainer, main.
+`data_bd3lm.py` makes one sample of every assistant turn: the chat before it, which is never masked, and the response.
+`BD3LMTrainer.compute_loss` draws the noise. The file reads in this order: noise, trainer, main.
 """
 
-import json
 import sys
 import warnings
-from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
-from jinja2 import TemplateError
-from rich.console import Console
-from rich.table import Table
+from datasets import Dataset
 from torch import LongTensor, Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 from transformers import PretrainedConfig as Config
 from transformers import PreTrainedModel as Model
@@ -32,20 +26,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
+from arclm.data_bd3lm import IGNORE, InputError, collate, load_samples, print_table, read_rows
+
 
 logger = logging.get_logger(__name__)
 
 T_MIN = 1e-3  # bounds the loss weight 1 / t by 1,000, as in MDLM; the share of the NELBO from t below it is left out
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-IGNORE = -100
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message says what came, what is allowed and what to do."""
-
-
-class BadRowError(ValueError):
-    """A row of data cannot be used; the message is the reason that is counted."""
 
 
 # ---- Noise
@@ -135,165 +122,6 @@ def make_loss_inputs(
     }
 
 
-# ---- Data
-
-
-def without_none(value: Any) -> Any:
-    """Remove the keys that Arrow filled with None because other rows have them."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def decode_json(value: Any) -> Any:
-    """Read a value that may come as a JSON string."""
-    return json.loads(value) if isinstance(value, str) else value
-
-
-def decode_message(message: dict) -> dict:
-    """Copy a message with the arguments of its tool calls as dicts, which is what chat templates take."""
-    calls = [dict(call.get("function", call)) for call in message.get("tool_calls") or []]
-    for call in calls:
-        call["arguments"] = decode_json(call.get("arguments") or {})
-    return message | {"tool_calls": [{"type": "function", "function": call} for call in calls]} if calls else message
-
-
-def split_turns(row: dict, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Split a chat into (prompt, response) texts, one pair for every assistant turn, as `generate` will meet them.
-
-    A row has `messages`, and maybe `tools` and `enable_thinking` (by default: whether the turn has thoughts). The
-    prompt is the chat before the turn, rendered with the generation prompt. The response is what the template puts
-    after that, up to and with the end token; the newline behind it belongs to the next turn.
-    """
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRowError("no list of messages")
-    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not turns:
-        raise BadRowError("no assistant turn")
-    pairs = []
-    try:
-        messages = [decode_message(message) for message in messages]
-        render = partial(tokenizer.apply_chat_template, tools=decode_json(row.get("tools") or None), tokenize=False)
-        for i in turns:
-            thoughts = messages[i].get("reasoning_content") or "</think>" in (messages[i].get("content") or "")
-            thinking = row["enable_thinking"] if row.get("enable_thinking") is not None else bool(thoughts)
-            prompt = render(messages[:i], add_generation_prompt=True, enable_thinking=thinking)
-            pairs.append((prompt, render(messages[: i + 1])))
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise BadRowError("refused by the chat template") from error
-    return [(prompt, cut_response(text, prompt, tokenizer.eos_token)) for prompt, text in pairs]
-
-
-def cut_response(text: str, prompt: str, end_token: str) -> str:
-    """Return what follows the prompt in `text`, up to and with the last end token."""
-    response, end, rest = text.removeprefix(prompt).rpartition(end_token)
-    if not text.startswith(prompt):
-        raise BadRowError("turn without the generation prompt")
-    if not end or rest.strip():
-        raise BadRowError("turn without an end token")
-    if not response.strip():
-        raise BadRowError("empty response")
-    return response + end
-
-
-def make_sample(prompt: list[int], response: list[int], block_size: int, max_length: int, end_token_id: int) -> dict:
-    """Join the ids of prompt and response and fill the last block with the end token.
-
-    The fill is part of the response, so the model learns to stop inside a block. A sample longer than `max_length`, a
-    multiple of `block_size`, is cut there and has neither end token nor fill.
-    """
-    if len(prompt) >= max_length:
-        raise BadRowError("prompt over max_length")
-    input_ids = (prompt + response)[:max_length]
-    input_ids += [end_token_id] * (-len(input_ids) % block_size)
-    return {
-        "input_ids": input_ids,
-        "labels": [IGNORE] * len(prompt) + input_ids[len(prompt) :],
-        "length": len(input_ids),
-        "response_tokens": len(input_ids) - len(prompt),
-        "outcome": "cut" if len(prompt) + len(response) > max_length else "whole",
-    }
-
-
-def make_samples(batch: dict[str, list], tokenizer: Tokenizer, config: Config, max_length: int) -> dict:
-    """Turn rows (columns with `messages`, or `line` with JSON) into one record per assistant turn or unusable row."""
-    records, pairs = [], []
-    for values in zip(*batch.values(), strict=True):
-        row = without_none(dict(zip(batch, values, strict=True)))
-        try:
-            row = json.loads(row["line"]) if "messages" not in batch else row
-            pairs += split_turns(row if isinstance(row, dict) else {}, tokenizer)
-        except ValueError as error:
-            records.append({"outcome": str(error) if isinstance(error, BadRowError) else "not JSON"})
-    # tokenized apart: in `generate` the prompt's tokens do not depend on what follows
-    texts = [text for pair in pairs for text in pair]
-    ids = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
-    for prompt, response in zip(ids, ids, strict=True):
-        try:
-            if config.mask_token_id in prompt + response:
-                raise BadRowError("contains the mask token")
-            records.append(make_sample(prompt, response, config.block_size, max_length, tokenizer.eos_token_id))
-        except BadRowError as error:
-            records.append({"outcome": str(error)})
-    empty = {"input_ids": [], "labels": [], "length": 0, "response_tokens": 0}
-    return {key: [(empty | record)[key] for record in records] for key in (*empty, "outcome")}
-
-
-def read_rows(file: str | None, dataset_name: str | None, dataset_split: str) -> Dataset:
-    """Open a JSONL file, as one column `line` so that broken rows are rows too, or a Hub dataset."""
-    if file is not None:
-        if not Path(file).is_file():
-            raise InputError(f"{file} does not exist. Give a JSONL file with one chat per line.")
-        with open(file, "rb") as lines:
-            return Dataset.from_dict({"line": [line for line in lines if line.strip()]})
-    if dataset_name is None:
-        raise InputError("There is nothing to train on. Give --train_file FILE.jsonl or --dataset_name ORG/NAME.")
-    rows = load_dataset(dataset_name, split=dataset_split)
-    if "messages" not in rows.column_names:
-        columns = ", ".join(rows.column_names)
-        raise InputError(f"{dataset_name} has the columns {columns}. A column messages with lists of turns is needed.")
-    return rows
-
-
-def load_samples(name: str, rows: Dataset, tokenizer: Tokenizer, config: Config, max_length: int) -> tuple:
-    """Tokenize rows; return the samples, numbered by `row`, and the counts of what became of the rows."""
-    block_size = config.block_size
-    if max_length < block_size:
-        raise InputError(f"max_length={max_length} is shorter than a block. Give --max_length {block_size} or more.")
-    options = {"tokenizer": tokenizer, "config": config, "max_length": max_length - max_length % block_size}
-    records = rows.map(make_samples, batched=True, remove_columns=rows.column_names, fn_kwargs=options, desc=name)
-    outcomes = records["outcome"][:] if len(rows) else []
-    reasons = Counter(outcomes)
-    whole, cut = reasons.pop("whole", 0), reasons.pop("cut", 0)
-    why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-    if not whole + cut:
-        raise InputError(f"Nothing in the {name} data can be used: {why or 'it is empty'}.")
-    samples = records.select([i for i, outcome in enumerate(outcomes) if outcome in ("whole", "cut")])
-    counts = {"data": name, "rows": len(rows), "samples": whole + cut, "cut": cut, "dropped": reasons.total()}
-    counts |= {"tokens": sum(samples["length"][:]), "response": sum(samples["response_tokens"][:]), "why": why}
-    return samples.remove_columns("outcome").add_column("row", range(whole + cut)), counts
-
-
-def print_table(counts: list[dict[str, Any]]) -> None:
-    """Print what `load_samples` counted, one line for each data set."""
-    table = Table(*counts[0], title="Data: every assistant turn is a sample")
-    for count in counts:
-        table.add_row(*(value if isinstance(value, str) else f"{value:,}" for value in count.values()))
-    Console().print(table)
-
-
-def collate(samples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad samples on the right to the longest, itself a multiple of the block: [B, T] each, and row [B]."""
-    input_ids, labels = ([torch.tensor(sample[key]) for sample in samples] for key in ("input_ids", "labels"))
-    return {
-        "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
-        "row": torch.tensor([sample["row"] for sample in samples]),
-    }
-
-
 # ---- Trainer
 
 
@@ -356,6 +184,7 @@ CARD_RUN = {
     "save_strategy": "no",  # the result is always saved
     "remove_unused_columns": False,  # `collate` takes what it needs
     "use_cache": True,  # stays in config.json; training uses none
+    "output_dir": "arclm-0.8b-trained",  # beside model_name_or_path
 }
 
 
@@ -363,10 +192,17 @@ CARD_RUN = {
 class DataArguments:
     """What to train, on what."""
 
-    model_name_or_path: str = HfArg(help="Model that convert_a2d.py made: a directory or a Hub id.")
-    train_file: str | None = HfArg(default=None, help="JSONL, chat per line: messages, maybe tools, enable_thinking.")
-    dataset_name: str | None = HfArg(default=None, help="Hub dataset with the same columns.")
-    dataset_split: str = HfArg(default="train", help="Split of it, or a slice such as train[:5000].")
+    model_name_or_path: str = HfArg(
+        default="arclm-0.8b", help="Model that convert_a2d.py made: a directory or a Hub id."
+    )
+    train_file: str | None = HfArg(
+        default=None, help="JSONL. Rows have messages (and maybe tools, enable_thinking) or another known format."
+    )
+    dataset_name: str | None = HfArg(
+        default=None,
+        help="Hub dataset, or its directory, with such rows. Without it and train_file: the card's mixture.",
+    )
+    dataset_split: str = HfArg(default="train", help="Split of dataset_name, or a slice such as train[:5000].")
     eval_file: str | None = HfArg(default=None, help="JSONL to measure at the end, and when eval_strategy says.")
     max_length: int = HfArg(default=2048, help="Tokens after which a sample is cut, at least a block.")
 
@@ -389,7 +225,13 @@ def parse_args(argv: list[str] | None) -> tuple[DataArguments, TrainingArguments
 
 def load_model(name: str) -> tuple[Model, Tokenizer, dict[str, torch.dtype]]:
     """Load a converted model in float32, which small updates need, and the dtype that each of its weights came in."""
-    model_type = AutoConfig.from_pretrained(name, trust_remote_code=True).model_type
+    try:
+        model_type = AutoConfig.from_pretrained(name, trust_remote_code=True).model_type
+    except OSError as error:
+        raise InputError(
+            f"The model {name} cannot be loaded: {str(error).splitlines()[0]} Give --model_name_or_path, or make it: "
+            f"python convert_a2d.py --model_name_or_path Qwen/Qwen3.5-0.8B --output_dir {name}"
+        ) from error
     if model_type != "arclm":
         raise InputError(
             f'{name} is a model of type "{model_type}", not a converted one. Convert it first: '
@@ -411,18 +253,27 @@ def save_result(trainer: BD3LMTrainer, dtypes: dict[str, torch.dtype]) -> None:
         Path(trainer.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
 
+def load_data(
+    data_args: DataArguments, args: TrainingArguments, tokenizer: Tokenizer, config: Config
+) -> tuple[dict[str, Dataset], list[dict[str, Any]]]:
+    """Return the samples to train on and to evaluate on, and the lines of the data table."""
+    samples, counts = {}, []
+    # the first process reads and tokenizes, the others find its files
+    with args.main_process_first(desc="reading the data"):
+        sets = {"train": read_rows(data_args.train_file, data_args.dataset_name, data_args.dataset_split)}
+        if data_args.eval_file is not None:
+            sets["eval"] = read_rows(data_args.eval_file, None, "")
+        for part, rows in sets.items():
+            samples[part], lines = load_samples(rows, tokenizer, config, max_length=data_args.max_length)
+            counts += lines
+    return samples, counts
+
+
 def main(argv: list[str] | None = None) -> None:
     """Load, train, evaluate, save."""
     data_args, args = parse_args(argv)
-    rows = {"train": read_rows(data_args.train_file, data_args.dataset_name, data_args.dataset_split)}
-    if data_args.eval_file is not None:
-        rows["eval"] = read_rows(data_args.eval_file, None, "")
     model, tokenizer, dtypes = load_model(data_args.model_name_or_path)
-    samples, counts = {}, []
-    with args.main_process_first(desc="tokenizing"):
-        for part in rows:
-            samples[part], count = load_samples(part, rows[part], tokenizer, model.config, data_args.max_length)
-            counts.append(count)
+    samples, counts = load_data(data_args, args, tokenizer, model.config)
     if args.process_index == 0:
         print_table(counts)
 
@@ -432,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=samples["train"],
         eval_dataset=samples.get("eval"),
         processing_class=tokenizer,
-        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        data_collator=collate,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if "eval" in samples:

@@ -1,6 +1,8 @@
-"""Tiny models for every test: random weights, all dimensions different, logits of scale 1."""
+"""Tiny models, a tokenizer and rows for every test: random weights, all dimensions different, logits of scale 1."""
 
+import json
 import os
+from pathlib import Path
 
 
 # no test may reach the network, whatever the caller's environment
@@ -8,14 +10,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from arclm.configuration_arclm import ArcLMConfig
 from arclm.modeling_arclm import ArcLMForDiffusionLM
+from arclm.nano.build_tokenizer import build_tokenizer
 
 
 torch.set_num_threads(1)
 
 MASK = 96
+QWEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizer_qwen3_5_like"
 
 
 def tiny_config(**changes) -> ArcLMConfig:
@@ -64,3 +69,57 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 def nan_filled_empty_tensors(monkeypatch):
     """Fill torch.empty with NaN, so that uninitialised memory cannot pass for a zero."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+
+
+def chat(*turns: str, **row) -> dict:
+    """Return a row of user and assistant turns in alternation."""
+    roles = ["user", "assistant"] * len(turns)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)], **row}
+
+
+def write_lines(path: Path, rows: list) -> str:
+    """Write rows as JSON, one a line; bytes as they are."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def nano_tokenizer():
+    """Build the tokenizer of arcLM-nano with a mask token."""
+    tokenizer = build_tokenizer(num_tasks=100)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|mask|>"]})
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer():
+    """Load a tokenizer with Qwen3.5's chat template and add a mask token."""
+    if not QWEN.is_dir():
+        pytest.skip(f"{QWEN} is absent: it is not part of the repository")
+    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|mask|>"]})
+    return tokenizer
+
+
+@pytest.fixture(params=["nano", "qwen"])
+def tokenizer(request):
+    """Return each of the two in turn."""
+    return request.getfixturevalue(f"{request.param}_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def config(nano_tokenizer) -> ArcLMConfig:
+    """Return a configuration for `nano_tokenizer`, with blocks of 8."""
+    ids = {"mask_token_id": nano_tokenizer.convert_tokens_to_ids("<|mask|>")}
+    ids |= {"eos_token_id": nano_tokenizer.eos_token_id, "pad_token_id": nano_tokenizer.pad_token_id}
+    layers = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
+    return tiny_config(vocab_size=len(nano_tokenizer) + 3, block_size=8, **ids, **layers)
+
+
+@pytest.fixture(scope="session")
+def datasets_cache(tmp_path_factory):
+    """Keep what `datasets` prepares out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from arclm.nano.build import BuildArguments, commands
-from arclm.nano.evaluate import decodings, evaluate
+from arclm.nano.evaluate import decodings, evaluate, render_prompt
 from arclm.nano.pretrain import PretrainArguments
 from arclm.nano.world import tasks_per_family
 
@@ -54,6 +54,17 @@ def test_arclm_nano_answers_held_out_tasks_from_anywhere(decoding, tmp_path):
     tasks = tasks_per_family("test", seed=11, count=8)
     results = evaluate(model, tokenizer, tasks, **decodings(model.config.block_size)[decoding])
     assert results["all"]["accuracy"] > 0.8
+
+
+def test_arclm_nano_stops_by_itself():
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True)
+    model = AutoModel.from_pretrained(MODEL, trust_remote_code=True, dtype=torch.float32)
+    prompts = [render_prompt(tokenizer, task) for task in tasks_per_family("test", seed=12, count=2)]
+    inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    knobs = {"max_new_tokens": 256, "do_sample": False, "remasking_strategy": "low_confidence_dynamic"}
+    answers = model.generate(**inputs, **knobs)[:, inputs["input_ids"].shape[1] :]
+    assert answers.shape[1] < 128
+    assert (answers == tokenizer.eos_token_id).any(-1).all()
 
 
 def test_the_parent_answers_held_out_tasks_from_anywhere(tmp_path):

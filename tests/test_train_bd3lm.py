@@ -1,65 +1,29 @@
-"""Noise, data and trainer of train_bd3lm.py, and one small run of the whole script."""
+"""Noise and trainer of train_bd3lm.py, and one small run of the whole script."""
 
 import json
 import shutil
-from collections import Counter
-from functools import partial
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_model
-from datasets import Dataset
+from conftest import chat, tiny_config, tiny_model, write_lines
 from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
 from arclm import train_bd3lm as bd3lm
-from arclm.nano.build_tokenizer import build_tokenizer
-from arclm.nano.world import generate_tasks, to_row
-from arclm.train_bd3lm import IGNORE, collate, draw_uniforms, load_samples, make_loss_inputs, make_sample, read_rows
+from arclm.data_bd3lm import IGNORE, collate, load_samples, read_rows
+from arclm.train_bd3lm import draw_uniforms, make_loss_inputs
 
 
 # distinct primes: a confused dimension cannot pass by luck
 B, N, L, MASK = 2, 3, 5, 11
-QWEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizer_qwen3_5_like"
 
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
-@pytest.fixture(scope="module")
-def nano_tokenizer():
-    tokenizer = build_tokenizer(num_tasks=100)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|mask|>"]})
-    return tokenizer
-
-
-@pytest.fixture(scope="module", params=["nano", "qwen"])
-def tokenizer(request, nano_tokenizer):
-    if request.param == "nano":
-        return nano_tokenizer
-    if not QWEN.is_dir():
-        pytest.skip(f"{QWEN} is absent: it is not part of the repository")
-    return AutoTokenizer.from_pretrained(QWEN)
-
-
-@pytest.fixture(scope="module")
-def config(nano_tokenizer):
-    ids = {"mask_token_id": nano_tokenizer.convert_tokens_to_ids("<|mask|>")}
-    ids |= {"eos_token_id": nano_tokenizer.eos_token_id, "pad_token_id": nano_tokenizer.pad_token_id}
-    layers = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
-    return tiny_config(vocab_size=len(nano_tokenizer) + 3, block_size=8, **ids, **layers)
-
-
-def chat(*turns: str, **row) -> dict:
-    """A row of user and assistant turns in alternation."""
-    roles = ["user", "assistant"] * len(turns)
-    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)], **row}
-
-
-def write_lines(path: Path, rows: list) -> str:
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    return str(path)
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 # ---- Noise
@@ -147,151 +111,6 @@ def test_loss_inputs_name_the_length_that_would_fit():
         make_loss_inputs(x_0, x_0, tiny_config(block_size=5), (0, 0), [0])
 
 
-# ---- Data
-
-
-def test_the_last_block_is_filled_with_the_end_token():
-    sample = make_sample([1, 2, 3], [4, 5, 6, 99], block_size=5, max_length=20, end_token_id=99)
-    assert sample["input_ids"] == [1, 2, 3, 4, 5, 6, 99, 99, 99, 99]
-    assert sample["labels"] == [IGNORE] * 3 + [4, 5, 6, 99, 99, 99, 99]
-    assert (sample["length"], sample["response_tokens"], sample["outcome"]) == (10, 7, "whole")
-    # one that ends with its block gets none
-    assert make_sample([1], [4, 5, 6, 99], 5, 5, 99)["input_ids"] == [1, 4, 5, 6, 99]
-
-
-def test_a_cut_sample_has_no_end_token():
-    sample = make_sample([1, 2, 3], [4, 5, 6, 99], 3, 6, 99)
-    expected = ([1, 2, 3, 4, 5, 6], [IGNORE] * 3 + [4, 5, 6], "cut")
-    assert (sample["input_ids"], sample["labels"], sample["outcome"]) == expected
-    with pytest.raises(bd3lm.BadRowError, match="prompt over max_length"):
-        make_sample([1, 2, 3], [4, 99], 3, 3, 99)
-
-
-def test_collate_pads_on_the_right_outside_attention_and_loss():
-    samples = [make_sample(prompt, [*end, 99], 2, 8, 99) for prompt, end in [([1], [4]), ([1, 2], []), ([1], [])]]
-    batch = collate([sample | {"row": i} for i, sample in enumerate(samples)], pad_token_id=7)
-    assert batch["input_ids"].tolist() == [[1, 4, 99, 99], [1, 2, 99, 99], [1, 99, 7, 7]]
-    assert batch["attention_mask"].tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORE, 4, 99, 99], [IGNORE] * 2 + [99] * 2, [IGNORE, 99, IGNORE, IGNORE]]
-    assert batch["row"].tolist() == [0, 1, 2]
-
-
-CALL = {"type": "function", "function": {"name": "get_time", "arguments": '{"city": "Rome", "count": 3}'}}
-TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}}]
-THINKING = [{"role": "user", "content": "Add 1 and 2."}]
-THINKING.append({"role": "assistant", "reasoning_content": "1+2=3", "content": "The sum is 3."})
-CALLING = [{"role": "user", "content": "The time?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
-CALL_TEXT = (
-    "<tool_call>\n<function=get_time>\n<parameter=city>\nRome\n</parameter>\n<parameter=count>\n3\n</parameter>\n"
-    "</function>\n</tool_call><|im_end|>"
-)
-SPLITS = {
-    "no thinking": (chat("Hi.", "Hello."), False, "Hello.<|im_end|>"),
-    "thinking": ({"messages": THINKING}, True, "1+2=3\n</think>\n\nThe sum is 3.<|im_end|>"),
-    "thinking in the text": (chat("Hi.", "<think>\na\n</think>\n\nHello."), True, "a\n</think>\n\nHello.<|im_end|>"),
-    "said to think": (chat("Hi.", "Hello.", enable_thinking=True), True, "\n</think>\n\nHello.<|im_end|>"),
-    "call": ({"messages": CALLING, "tools": json.dumps(TOOLS)}, False, CALL_TEXT),
-}
-
-
-@pytest.mark.parametrize("case", SPLITS)
-def test_prompt_and_response_are_what_generate_sees(tokenizer, case):
-    row, thinking, expected = SPLITS[case]
-    ((prompt, response),) = bd3lm.split_turns(row, tokenizer)
-    assert response == expected
-    options = {"tools": TOOLS if "tools" in row else None, "enable_thinking": thinking, "return_dict": True}
-    seen = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, **options)
-    assert tokenizer(prompt, add_special_tokens=False).input_ids == seen["input_ids"]
-    assert prompt.endswith("<|im_start|>assistant\n<think>\n" + ("" if thinking else "\n</think>\n\n"))
-
-
-def test_every_assistant_turn_is_a_sample(tokenizer):
-    messages = chat("Hi.", "Hello.", "Bye.", "See you.", "Left over.")["messages"]
-    turns = bd3lm.split_turns({"messages": messages}, tokenizer)
-    assert [response for _, response in turns] == ["Hello.<|im_end|>", "See you.<|im_end|>"]
-    for count, (prompt, _) in zip([1, 3], turns, strict=True):
-        assert prompt == tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=True)
-
-
-def test_rows_of_the_nano_world_are_read_back_as_their_text(nano_tokenizer, config, tmp_path):
-    tasks = [task for task, _ in zip(generate_tasks("train", 3), range(40), strict=False)]
-    rows = read_rows(write_lines(tmp_path / "train.jsonl", [to_row(task) for task in tasks]), None, "")
-    samples, counts = load_samples("train", rows, nano_tokenizer, config, 512)
-    assert (counts["samples"], counts["dropped"], counts["cut"]) == (40, 0, 0)
-    for task, sample in zip(tasks, samples, strict=True):
-        assert len(sample["input_ids"]) == len(sample["labels"]) == sample["length"]
-        text = nano_tokenizer.apply_chat_template(task.messages, tools=task.tools, tokenize=False)
-        read = nano_tokenizer.decode(sample["input_ids"])
-        # after the last end token the template has a newline, the sample as many end tokens as the block takes
-        assert read.startswith(text.rstrip("\n"))
-        assert set(read[len(text.rstrip("\n")) :].split("<|im_end|>")) <= {""}
-
-
-BAD_ROWS = [
-    (b"{broken", "not JSON"),
-    (b'{"messages": "\xff"}', "not JSON"),
-    ([1, 2], "no list of messages"),
-    ({"text": "Hi."}, "no list of messages"),
-    ({"messages": ["Hi."]}, "no list of messages"),
-    (chat("Hi."), "no assistant turn"),
-    ({"messages": [{"role": "assistant", "content": "Hello."}]}, "refused by the chat template"),
-    ({"messages": [*THINKING, {"role": "system", "content": "Late."}, *THINKING]}, "refused by the chat template"),
-    ({"messages": CALLING, "tools": "[broken"}, "refused by the chat template"),
-    (chat("Hi.", ""), "empty response"),
-    ({"messages": THINKING, "enable_thinking": False}, "turn without the generation prompt"),
-    (chat("Hi.", "Say <|mask|>."), "contains the mask token"),
-    (chat("Hi." * 99, "Hello."), "prompt over max_length"),
-]
-
-
-def test_malformed_rows_are_counted_and_never_fatal(nano_tokenizer, config, tmp_path):
-    rows = [row for row, _ in BAD_ROWS]
-    file = write_lines(tmp_path / "train.jsonl", [*rows, chat("Hi.", "Hello."), b"", chat("Hi.", "Hello. " * 99)])
-    samples, counts = load_samples("train", read_rows(file, None, ""), nano_tokenizer, config, 67)
-    assert (counts["rows"], counts["samples"], counts["cut"]) == (len(rows) + 2, 2, 1)
-    assert counts["dropped"] == len(rows)
-    reasons = Counter(reason for _, reason in BAD_ROWS)
-    assert set(counts["why"].split(", ")) == {f"{count} {reason}" for reason, count in reasons.items()}
-    assert max(samples["length"]) == 64  # 67 rounded down to whole blocks
-    assert samples["row"][:] == [0, 1]
-
-
-def test_keys_that_arrow_filled_with_none_do_not_reach_the_template(nano_tokenizer, config):
-    call = {"function": {"name": "get_time", "arguments": {"city": "Rome"}}}
-    other = {"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
-    rows = [{"messages": [CALLING[0], {"role": "assistant", "tool_calls": [c]}]} for c in (call, other)]
-    samples, _ = load_samples("train", Dataset.from_list([*rows, chat("Hi.", "Hello.")]), nano_tokenizer, config, 512)
-    texts = [nano_tokenizer.decode(ids) for ids in samples["input_ids"]]
-    assert len(texts) == 3
-    assert not any("None" in text or "null" in text for text in texts)
-
-
-def test_unusable_data_is_said_in_a_sentence(nano_tokenizer, config, tmp_path):
-    with pytest.raises(bd3lm.InputError, match=r"nothing to train on\. Give --train_file .* or --dataset_name"):
-        read_rows(None, None, "train")
-    with pytest.raises(bd3lm.InputError, match=r"absent\.jsonl does not exist\. Give a JSONL file"):
-        read_rows(str(tmp_path / "absent.jsonl"), None, "")
-    rows = read_rows(write_lines(tmp_path / "bad.jsonl", [b"{", chat("Hi.")]), None, "")
-    with pytest.raises(bd3lm.InputError, match="Nothing in the train data can be used: 1 not JSON, 1 no assistant"):
-        load_samples("train", rows, nano_tokenizer, config, 64)
-    empty = read_rows(write_lines(tmp_path / "empty.jsonl", []), None, "")
-    with pytest.raises(bd3lm.InputError, match=r"Nothing in the eval data can be used: it is empty"):
-        load_samples("eval", empty, nano_tokenizer, config, 64)
-    with pytest.raises(bd3lm.InputError, match=r"max_length=7 is shorter than a block\. Give --max_length 8 or more"):
-        load_samples("train", rows, nano_tokenizer, config, 7)
-
-
-def test_a_dataset_without_messages_names_its_columns(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "alpaca").mkdir()
-    write_lines(tmp_path / "alpaca" / "train.jsonl", [{"instruction": "Hi.", "output": "Hello."}])
-    with pytest.raises(bd3lm.InputError, match=r"has the columns instruction, output\. A column messages"):
-        read_rows(None, str(tmp_path / "alpaca"), "train")
-    (tmp_path / "chats").mkdir()
-    write_lines(tmp_path / "chats" / "train.jsonl", [chat("Hi.", "Hello.")] * 3)
-    assert len(read_rows(None, str(tmp_path / "chats"), "train[:2]")) == 2
-
-
 # ---- Trainer
 
 
@@ -300,9 +119,8 @@ def make_trainer(config, samples, folder, **options) -> bd3lm.BD3LMTrainer:
     step = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0}
     step |= {"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     args = TrainingArguments(folder, remove_unused_columns=False, dataloader_pin_memory=False, **{**step, **options})
-    collator = partial(collate, pad_token_id=config.pad_token_id)
     model = tiny_model(**config.to_diff_dict())
-    return bd3lm.BD3LMTrainer(model, args, train_dataset=samples, eval_dataset=samples, data_collator=collator)
+    return bd3lm.BD3LMTrainer(model, args, train_dataset=samples, eval_dataset=samples, data_collator=collate)
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +128,7 @@ def samples(nano_tokenizer, config, tmp_path_factory):
     # answers of very different lengths: a mean of means is far from the mean
     rows = [chat("Write.", " ".join(["kato"] * count)) for count in (1, 40, 2, 9, 30, 1, 3, 20)]
     file = write_lines(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
-    return load_samples("train", read_rows(file, None, ""), nano_tokenizer, config, 256)[0]
+    return load_samples(read_rows(file, None, ""), nano_tokenizer, config, max_length=256)[0]
 
 
 def loss_by_hand(model, samples, config, key) -> torch.Tensor:
@@ -371,18 +189,26 @@ def test_a_batch_without_a_masked_token_leaves_the_weights_alone(config, samples
 # ---- Main
 
 
-def test_the_defaults_are_the_run_of_the_card(tmp_path):
-    argv = ["--model_name_or_path", "x", "--output_dir", str(tmp_path)]
-    data_args, args = bd3lm.parse_args(argv)
+def test_the_defaults_are_the_run_of_the_card():
+    data_args, args = bd3lm.parse_args([])
+    # no data named: the mixture, see test_mixture.py
+    assert (data_args.train_file, data_args.dataset_name, data_args.eval_file) == (None, None, None)
+    assert f"--output_dir {data_args.model_name_or_path}\n" in README  # of the command that converts
+    assert Path(args.output_dir).name == "arclm-0.8b-trained"
     assert (args.learning_rate, args.warmup_steps, args.num_train_epochs, args.max_grad_norm) == (5e-5, 200, 10, 0.5)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 16)
     assert (data_args.max_length, args.gradient_checkpointing) == (2048, True)
     assert args.optim.startswith("adamw")
-    assert bd3lm.parse_args([*argv, "--gradient_checkpointing", "false"])[1].gradient_checkpointing is False
+    assert bd3lm.parse_args(["--gradient_checkpointing", "false"])[1].gradient_checkpointing is False
     assert args.use_cpu == (not torch.accelerator.is_available())  # or torchrun would train a model per process
 
 
-def test_a_model_that_was_not_converted_is_named(tmp_path):
+def test_a_model_that_is_absent_or_not_converted_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        bd3lm.InputError, match=r"The model arclm-0\.8b cannot be loaded.*make it: python convert_a2d\.py"
+    ):
+        bd3lm.main([])
     Qwen3_5TextConfig(num_hidden_layers=1).save_pretrained(tmp_path / "ar")
     file = write_lines(tmp_path / "train.jsonl", [chat("Hi.", "Hello.")])
     argv = ["--model_name_or_path", str(tmp_path / "ar"), "--train_file", file, "--output_dir", str(tmp_path / "out")]
@@ -402,7 +228,9 @@ def test_training_lowers_the_loss_and_leaves_a_whole_model(nano_tokenizer, confi
         if name.endswith(("A_log", "linear_attn.norm.weight")):  # as in a converted checkpoint
             weight.data = weight.data.float()
     model.save_pretrained(source)
-    nano_tokenizer.save_pretrained(source)
+    tokenizer = deepcopy(nano_tokenizer)
+    tokenizer.pad_token = None  # not every tokenizer has one
+    tokenizer.save_pretrained(source)
     rows = [chat("Say it.", text) for text in ("One two three.", "One two.", "One.", "One two three four.")]
     file = write_lines(tmp_path / "train.jsonl", [*rows, b"{"])
     argv = f"--model_name_or_path {source} --train_file {file} --eval_file {file} --output_dir {out} --max_length 64"
@@ -429,6 +257,11 @@ def test_training_lowers_the_loss_and_leaves_a_whole_model(nano_tokenizer, confi
     tokenizer = AutoTokenizer.from_pretrained(elsewhere, trust_remote_code=True)
     assert tokenizer.chat_template == nano_tokenizer.chat_template
     assert tokenizer.convert_tokens_to_ids("<|mask|>") == loaded.config.mask_token_id
+
+    # it has learned to stop by itself
+    prompt = tokenizer.apply_chat_template(rows[0]["messages"][:1], add_generation_prompt=True, return_tensors="pt")
+    answer = loaded.generate(**prompt, max_new_tokens=96, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert 0 < answer.tolist().index(tokenizer.eos_token_id) < 24
 
 
 def test_a_resumed_run_ends_with_the_same_weights(config, samples, tmp_path, monkeypatch):

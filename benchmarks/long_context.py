@@ -1,0 +1,109 @@
+"""Time and memory of `generate` after long prompts: arcLM-nano up to 32k tokens, the 0.8B shapes up to 4k.
+
+    python benchmarks/long_context.py
+
+generates one block after random prompts, each length in a process of its own, and writes
+benchmarks/results/long_context.json. "peak": memory above the loaded model. "cache": what the cache holds, which has to
+equal what README says about it. The exponents are those of a power law fitted to the lengths, without the shortest.
+Weights are random at the 0.8B shapes: neither time nor memory depends on them.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from arclm.configuration_arclm import ArcLMConfig
+from arclm.modeling_arclm import ArcLMForDiffusionLM
+
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTHS = {"nano": [2048, 4096, 8192, 16384, 32768], "0.8b": [512, 1024, 2048, 4096]}
+MB = 10**6
+
+
+@dataclass
+class LongContextArguments:
+    """What to measure."""
+
+    model: str | None = HfArg(default=None, help="nano or 0.8b: measure this one here, at --length.")
+    length: int = HfArg(default=2048, help="Tokens of the prompt.")
+    output_file: str = HfArg(
+        default=str(ROOT / "benchmarks" / "results" / "long_context.json"), help="Result file of all measurements."
+    )
+
+
+def measure(name: str, length: int) -> dict:
+    """Generate one block after `length` random tokens; in this process, whose peak memory is counted."""
+    torch.manual_seed(0)
+    config = ArcLMConfig.from_pretrained(ROOT / "nano" / "arclm-nano" if name == "nano" else ROOT)
+    config.max_position_embeddings = max(config.max_position_embeddings, length + config.block_size)
+    model = ArcLMForDiffusionLM(config).eval()
+    ids = torch.randint(0, config.vocab_size - 1, (1, length))
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of the initialisation
+    before, start = memory("VmRSS"), time.perf_counter()
+    new = config.block_size
+    output = model.generate(
+        ids, max_new_tokens=new, steps=4, do_sample=False, eos_token_id=[], return_dict_in_generate=True
+    )
+    peak = memory("VmHWM")
+    assert output.sequences.shape == (1, length + new)
+    cache = output.past_key_values
+    tensors = [*cache.keys, *cache.values, *cache.conv_states, *cache.recurrent_states]
+    return {
+        "length": length,
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_mb": round((peak - before) / MB, 1),
+        "cache_mb": round(sum(x.nbytes for x in tensors if x is not None) / MB, 3),
+    }
+
+
+def memory(field: str) -> int:
+    """Bytes of resident memory of this process: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def exponent(rows: list[dict], key: str) -> float:
+    """The exponent of length in a power law fitted to `key`, without the shortest length."""
+    lengths, values = np.array([(row["length"], row[key]) for row in rows[1:]]).T
+    return round(float(np.polyfit(np.log(lengths), np.log(values), 1)[0]), 2)
+
+
+def main() -> None:
+    """Measure every length in a process of its own, print, write; or one length, for such a process."""
+    args = HfArgumentParser(LongContextArguments).parse_args_into_dataclasses()[0]
+    if args.model:
+        print(json.dumps(measure(args.model, args.length)))
+        return
+    models = {}
+    for name, lengths in LENGTHS.items():
+        rows = []
+        for length in lengths:
+            command = [sys.executable, __file__, "--model", name, "--length", str(length)]
+            rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+            print(name, rows[-1], flush=True)
+        models[name] = {"rows": rows, "exponents": {key: exponent(rows, key) for key in ("seconds", "peak_mb")}}
+    record = {
+        "what": "One block after a random prompt, batch 1, 4 denoising steps; prefill in pieces of 2,048 tokens.",
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU, float32",
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers")},
+        "models": models,
+    }
+    Path(args.output_file).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"Wrote {args.output_file}")
+
+
+if __name__ == "__main__":
+    main()
