@@ -1,11 +1,12 @@
 """The ways in that users know from transformers: pipeline and streamers, on arcLM-nano."""
 
+import re
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer, TextStreamer, pipeline
+from transformers import TextDiffusionStreamer, TextIteratorStreamer, TextStreamer, pipeline
 
 
 MODEL = Path(__file__).resolve().parents[1] / "nano" / "arclm-nano"
@@ -51,3 +52,14 @@ def test_streamers_get_the_answer_block_by_block(generator, capsys):
     thread.join()
     assert "".join(pieces) == REVERSED
     assert len([piece for piece in pieces if piece]) > 1
+
+
+def test_the_diffusion_streamer_shows_drafts_and_leaves_the_text(generator, capsys):
+    streamer = TextDiffusionStreamer(generator.tokenizer, skip_prompt=True)
+    generator(REVERSE, do_sample=False, max_denoising_steps=4, streamer=streamer)
+    printed = capsys.readouterr().out
+    draft = re.compile("\0337\033\\[33m(.*?)\033\\[0m", re.DOTALL)  # save the cursor, yellow text, reset
+    drafts = draft.findall(printed)
+    assert len(drafts) > 2
+    assert "<|mask|>" in drafts[0]
+    assert draft.sub("", printed).replace("\0338\033[J", "").strip() == REVERSED + "<|im_end|>"

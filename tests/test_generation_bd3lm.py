@@ -61,6 +61,20 @@ def test_a_second_turn_over_the_cache_equals_a_fresh_run():
     assert second.nfe <= fresh.nfe
 
 
+def test_pad_tokens_without_an_attention_mask_are_padding_as_in_transformers():
+    model = tiny_model(block_size=4)
+    ids = torch.cat((torch.zeros(1, 3, dtype=torch.long), tokens(1, 6)), 1)
+    expected = greedy(model, ids, attention_mask=(ids != PAD).long(), max_new_tokens=8).sequences
+    assert torch.equal(greedy(model, ids, max_new_tokens=8).sequences, expected)
+    as_text = greedy(model, ids, attention_mask=torch.ones_like(ids), max_new_tokens=8).sequences
+    assert not torch.equal(as_text, expected)
+    # where the end token pads, it cannot be told from text
+    same = greedy(model, ids, max_new_tokens=8, eos_token_id=PAD).sequences
+    assert torch.equal(
+        same, greedy(model, ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, eos_token_id=PAD).sequences
+    )
+
+
 def test_prefill_in_pieces_changes_nothing(monkeypatch):
     model = tiny_model(block_size=4)
     expected = greedy(model, tokens(1, 39), max_new_tokens=8)

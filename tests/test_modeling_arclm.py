@@ -262,6 +262,27 @@ def test_a_pass_over_the_context_does_not_copy_it():
     assert cache.get_seq_length() == cache.keys[1].shape[2] == 48
 
 
+@pytest.mark.parametrize("length", [8, 40])
+def test_the_cache_takes_the_memory_that_its_docstring_says(length):
+    model = tiny_model(block_size=4)
+    cache, config = model(tokens(2, length), use_cache=True).past_key_values, model.config
+
+    def size(*parts) -> int:
+        return sum(x.nbytes for x in itertools.chain(*parts) if x is not None)
+
+    full = config.layer_types.count("full_attention")
+    linear = config.num_hidden_layers - full
+    per_token = full * 2 * config.num_key_value_heads * config.head_dim * 4
+    keys, values = config.linear_key_head_dim, config.linear_value_head_dim
+    conv_dim = 2 * config.linear_num_key_heads * keys + config.linear_num_value_heads * values
+    state = config.linear_num_value_heads * keys * values
+    assert size(cache.keys, cache.values) == 2 * length * per_token
+    per_row = linear * 4 * (state + (config.linear_conv_kernel_dim - 1) * conv_dim)
+    assert size(cache.conv_states, cache.recurrent_states) == 2 * per_row
+    model(tokens(2, 4), past_key_values=cache)
+    assert cache.keys[1].untyped_storage().nbytes() <= 1.25 * cache.keys[1].nbytes  # with its room
+
+
 def test_a_cache_survives_copying_gradients_and_inference_mode():
     model, block = tiny_model(block_size=4), noisy(tokens(2, 4))
     with torch.inference_mode():

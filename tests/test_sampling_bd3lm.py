@@ -1,5 +1,7 @@
 """The rule that accepts tokens, and what the sampler says to bad input."""
 
+import re
+
 import pytest
 import torch
 from conftest import tiny_model, tokens
@@ -60,7 +62,7 @@ BAD = {
     "steps=2 is fewer than the 3 blocks of 16 for 33 new tokens.*steps=3 or": {"steps": 2, "max_new_tokens": 33},
     "8 tokens and 4089 new ones reach beyond the 4096 positions": {"max_new_tokens": 4089},
     r"attention_mask must be \[2, 8\]": {"attention_mask": torch.ones(2, 7)},
-    "A row of attention_mask has no token": {"attention_mask": torch.tensor([[1] * 8, [0] * 8])},
+    "The prompt of row 1 is all padding": {"attention_mask": torch.tensor([[1] * 8, [0] * 8])},
 }
 
 
@@ -107,6 +109,11 @@ def test_misspelled_knobs_are_refused():
 def test_a_prompt_is_needed():
     with pytest.raises(ValueError, match=r"input_ids must be .* got None"):
         tiny_model().generate()
+    for shape in ((1, 0), (0, 4), (4,)):
+        with pytest.raises(ValueError, match=rf"input_ids must be .* got {re.escape(str(list(shape)))}"):
+            tiny_model().generate(torch.ones(shape, dtype=torch.long))
+    with pytest.raises(ValueError, match="The prompt of row 0 is all padding"):
+        tiny_model().generate(torch.zeros(1, 5, dtype=torch.long))
 
 
 @pytest.mark.parametrize("bad", [-1, 97])

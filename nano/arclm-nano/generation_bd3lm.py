@@ -22,7 +22,15 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput
 
-from .sampling_bd3lm import DEFAULT_MAX_NEW_TOKENS, KNOBS, accept_tokens, check_cache, check_knobs, check_prompt
+from .sampling_bd3lm import (
+    DEFAULT_MAX_NEW_TOKENS,
+    KNOBS,
+    accept_tokens,
+    check_attention_mask,
+    check_cache,
+    check_knobs,
+    check_prompt,
+)
 
 
 # What these do to the scores of a position depends on nothing before it.
@@ -89,7 +97,7 @@ class BD3LMGenerationMixin:
         Args:
             input_ids: [B, P] prompts, padded on the left where they differ in length. Mask tokens in a prompt are
                 filled in place.
-            attention_mask: [B, P], 1 for tokens; all tokens if `None`.
+            attention_mask: [B, P], 1 for tokens. If `None`, pad tokens are padding, unless they are end tokens too.
             generation_config: knobs, see below; the model's own if `None`.
             streamer: receives the prompt, then the new tokens of each block [n], and with `put_draft` [n] after each
                 denoising step, mask tokens among them. One row only.
@@ -192,19 +200,15 @@ class _Run:
     def __init__(self, model, input_ids, attention_mask, config, knobs, cache):
         self.model, self.config, self.knobs, self.cache = model, config, knobs, cache
         self.mask_token_id, self.block_size = model.config.mask_token_id, knobs["block_size"]
-        check_prompt(input_ids, attention_mask, model.config)
-        if config.num_return_sequences > 1:
-            input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
-            attention_mask = (
-                None
-                if attention_mask is None
-                else attention_mask.repeat_interleave(len(input_ids) // len(attention_mask), 0)
-            )
-        self.input_ids = input_ids
-        self.is_token = (
-            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        )
+        check_prompt(input_ids, model.config)
         batch, prompt = input_ids.shape
+        model._prepare_special_tokens(config, attention_mask is not None, device=input_ids.device, batch_size=batch)
+        self.eos = input_ids.new_empty(0) if config._eos_token_tensor is None else config._eos_token_tensor
+        if attention_mask is None:  # the parent takes pad tokens for padding where the end token is another one
+            attention_mask = model._prepare_attention_mask_for_generation(input_ids, config, {})
+        check_attention_mask(attention_mask, input_ids)
+        self.input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
+        self.is_token = attention_mask.bool().repeat_interleave(config.num_return_sequences, 0)
         new = config.max_new_tokens if config.max_new_tokens is not None else config.max_length - prompt
         if new < 1:
             raise ValueError(
@@ -226,8 +230,8 @@ class _Run:
                 f"{model.config.max_position_embeddings} positions of this model. Shorten one of them."
             )
         width = -(-longest // self.block_size) * self.block_size
-        self.ids = torch.full((batch, max(width, prompt)), self.mask_token_id, device=input_ids.device)
-        self.ids[:, :prompt] = input_ids.gather(1, self.order)
+        self.ids = input_ids.new_full((len(self.input_ids), max(width, prompt)), self.mask_token_id)
+        self.ids[:, :prompt] = self.input_ids.gather(1, self.order)
         column = torch.arange(self.ids.shape[1], device=input_ids.device)
         self.ids[column >= self.prompt_lengths[:, None]] = self.mask_token_id
         self.was_masked = self.ids == self.mask_token_id
@@ -235,8 +239,6 @@ class _Run:
         self.ends, self.finished = self.limits.clone(), torch.zeros_like(self.limits, dtype=torch.bool)
         self.row_steps, self.nfe, self.history, self.checked = torch.zeros_like(self.limits), 0, [], 0
         self.to_commit = {}
-        model._prepare_special_tokens(config, attention_mask is not None, device=input_ids.device, batch_size=batch)
-        self.eos = input_ids.new_empty(0) if config._eos_token_tensor is None else config._eos_token_tensor
         per_block = self.block_size if steps is None else -(-steps // num_blocks)
         knobs["max_denoising_steps"] = min(per_block, knobs["max_denoising_steps"] or self.block_size, self.block_size)
 

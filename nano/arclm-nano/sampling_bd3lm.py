@@ -108,8 +108,8 @@ def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
         raise ValueError(f"entropy_bound={knobs['entropy_bound']} must be at least 0 (nats).")
 
 
-def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, config) -> None:
-    """Raise a ValueError unless every row of the prompt has a token, and all are in the vocabulary."""
+def check_prompt(input_ids: torch.Tensor | None, config) -> None:
+    """Raise a ValueError unless `input_ids` are [B, P] ids of the vocabulary."""
     if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
         got = "None" if input_ids is None else list(input_ids.shape)
         raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {got}.")
@@ -119,14 +119,17 @@ def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | 
             f"input_ids has the id {low if low < 0 else high}, outside the vocabulary [0, {config.vocab_size}). "
             "Use the tokenizer of this model."
         )
-    if attention_mask is None:
-        return
+
+
+def check_attention_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> None:
+    """Raise a ValueError unless it is of the shape of `input_ids` and every row has a token."""
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must be {list(input_ids.shape)} like input_ids, got {list(attention_mask.shape)}."
         )
     if not attention_mask.any(1).all():
-        raise ValueError("A row of attention_mask has no token. Give every prompt at least one.")
+        row = int(attention_mask.any(1).int().argmin())
+        raise ValueError(f"The prompt of row {row} is all padding. Give every prompt at least one token.")
 
 
 def check_cache(cache, ids: torch.Tensor, starts: torch.Tensor, config) -> torch.Tensor:
