@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from arclm.nano import fast_delta_rule
 from arclm.nano.build_tokenizer import build_tokenizer
-from arclm.nano.evaluate import evaluate
+from arclm.nano.evaluate import degeneration, evaluate, repeated_tokens
 from arclm.nano.world import (
     FAMILIES,
     KINDS,
@@ -272,6 +272,26 @@ def test_evaluate_counts_exact_matches_per_family_and_kind(tokenizer, rate):
     assert results["all"]["tasks"] == 36
     assert ("tokens_per_forward" in results["all"]) == (rate is not None)
     assert results["all"].get("tokens_per_forward") == rate
+
+
+def test_repeated_tokens_counts_what_a_span_covers_in_a_row():
+    assert repeated_tokens([1, 2, 3, 1, 2, 4, 4]) == 0  # twice is no repetition
+    assert repeated_tokens([9, 4, 4, 4, 8]) == 3
+    assert repeated_tokens([7, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1]) == 9
+    assert repeated_tokens([5] * 20) == 20
+    assert repeated_tokens(list(range(17)) * 3) == 0  # longer than the longest span
+
+
+def test_degeneration_tells_floods_and_loops_from_right_and_wrong_answers(tokenizer):
+    end = [tokenizer.eos_token_id]
+    for task in draw("test", 200):
+        right = tokenizer(answer_text(tokenizer, task), add_special_tokens=False).input_ids
+        assert degeneration(tokenizer, task, right + end + [tokenizer.pad_token_id] * 5) is None
+        assert degeneration(tokenizer, task, right[:3] + right[4:] + end) is None
+    assert degeneration(tokenizer, task, right) == "no end"
+    assert degeneration(tokenizer, task, [*right, tokenizer.pad_token_id, *end]) == "special tokens"
+    word = right[-4:]
+    assert degeneration(tokenizer, task, [*right, *word * 40, *end]) == "repeated span"
 
 
 def test_fast_delta_rule_equals_transformers(monkeypatch):
