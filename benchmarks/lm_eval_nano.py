@@ -2,10 +2,11 @@
 
     python benchmarks/lm_eval_nano.py
 
-runs the task of benchmarks/lm_eval_tasks on nano/arclm-nano-base and nano/arclm-nano by the harness' own `hf` model,
-greedy, and writes benchmarks/results/lm_eval_nano.json. The 400 tasks are the reasoning tasks of nano_first.py, so its
-figures at one token per step have to come out again. "same_generations" counts the tasks with the same text at both
-batch sizes.
+runs the tasks of benchmarks/lm_eval_tasks on nano/arclm-nano-base and nano/arclm-nano and writes
+benchmarks/results/lm_eval_nano.json. nano_gsm8k: by the harness' own `hf` model, greedy. The 400 tasks are the
+reasoning tasks of nano_first.py, so its figures at one token per step have to come out again. "same_generations"
+counts the tasks with the same text at both batch sizes. nano_choice, by log-likelihoods: the parent by `hf`,
+arcLM-nano by lm_eval_arclm.py.
 """
 
 import json
@@ -17,15 +18,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+from arclm.lm_eval_arclm import ArcLMEval
 
 
 ROOT = Path(__file__).resolve().parents[1]
 # without the harness' own tasks: it would read thousands of files
 TASKS = TaskManager(include_path=str(ROOT / "benchmarks" / "lm_eval_tasks"), include_defaults=False)
-TASK = "nano_gsm8k"
+TASK, CHOICE = "nano_gsm8k", "nano_choice"
 BATCH_SIZES = (1, 4)
 MODEL_ARGS = "pretrained={},trust_remote_code=True,dtype=float32,enable_thinking=True,think_end_token=</think>"
 
@@ -63,17 +67,25 @@ def run(path: str, batch_size: int, limit: int | None) -> tuple[dict[str, float]
     return {name: float(scores[f"exact_match,{name}"]) for name in filters}, generations
 
 
+def choose(kind: type[HFLM], path: str, limit: int | None) -> float:
+    """Run the multiple-choice task; returns the accuracy in [0, 1], where one in four is chance."""
+    model = kind(path, trust_remote_code=True, dtype="float32", enable_thinking=False, device="cpu", batch_size=16)
+    results = simple_evaluate(model, tasks=[CHOICE], task_manager=TASKS, apply_chat_template=True, limit=limit)
+    return float(results["results"][CHOICE]["acc,none"])
+
+
 def main() -> None:
     """Measure, write, print."""
     args = HfArgumentParser(LmEvalNanoArguments).parse_args_into_dataclasses()[0]
     models, start = {}, time.perf_counter()
-    for name, path in (("parent", args.parent), ("arclm", args.model)):
+    for name, path, kind in (("parent", args.parent, HFLM), ("arclm", args.model, ArcLMEval)):
         runs = {size: run(path, size, args.limit) for size in BATCH_SIZES}
         one, four = (generations for _, generations in runs.values())
         models[name] = {f"batch_{size}": scores for size, (scores, _) in runs.items()}
         models[name]["same_generations"] = sum(a == b for a, b in zip(one, four, strict=True))
+        models[name][CHOICE] = choose(kind, path, args.limit)
     record = {
-        "what": "Exact match in lm-evaluation-harness, greedy, one token per denoising step.",
+        "what": "lm-evaluation-harness: exact match, greedy, one token per denoising step; accuracy of nano_choice.",
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU, float32",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("lm_eval", "torch", "transformers", "tokenizers")},

@@ -21,27 +21,52 @@ def inputs():
 
 
 def plain(hidden, weight, labels, factor, num_items):
-    losses = F.cross_entropy((hidden @ weight.T).flatten(0, 1).float(), labels.flatten(), reduction="none")
+    losses = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none")
     return (losses * factor.flatten()).sum() / num_items
 
 
-@pytest.mark.parametrize("chunk_logits", [1, 4 * V, 2**24])
+# one column of the vocabulary at a time, a few with a smaller last chunk, and all of it
+@pytest.mark.parametrize("chunk_logits", [1, 4 * B * T, 2**24])
 def test_value_and_gradients_equal_the_plain_loss(monkeypatch, chunk_logits):
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk_logits)
     hidden, weight, labels, factor = inputs()
     loss = linear_cross_entropy(hidden, weight, labels, factor, 7)
     expected = plain(hidden, weight, labels, factor, 7)
-    assert (loss - expected).abs() < 1e-6
+    assert (loss - expected).abs() < 1e-12
     for grad, reference in zip(
         torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
     ):
-        assert (grad - reference).abs().max() < 1e-6
+        assert (grad - reference).abs().max() < 1e-12
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_do():
+    hidden, weight, labels, factor = inputs()
+    loss = linear_cross_entropy(hidden, weight.detach(), labels, factor, 7)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    (expected,) = torch.autograd.grad(plain(hidden, weight, labels, factor, 7), hidden)
+    assert (grad - expected).abs().max() < 1e-12
+
+
+def test_autocast_computes_the_products_in_its_dtype():
+    hidden, weight, labels, factor = (x.float() if x.is_floating_point() else x for x in inputs())
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels, factor, 7)
+        expected = plain(hidden, weight, labels, factor, 7)
+    assert loss.dtype == torch.float32
+    assert loss != linear_cross_entropy(hidden, weight, labels, factor, 7)
+    assert (loss - expected).abs() < 1e-5
+    for grad, reference in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
+        assert grad.dtype == torch.float32
+        assert (grad - reference).abs().max() < 1e-2 * reference.abs().max()
 
 
 def test_defaults_are_the_mean_over_targets():
     hidden, weight, labels, _ = inputs()
     expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
-    assert (linear_cross_entropy(hidden, weight, labels) - expected).abs() < 1e-6
+    assert (linear_cross_entropy(hidden, weight, labels) - expected).abs() < 1e-12
 
 
 def test_no_target_gives_zero_and_zero_gradients():
@@ -54,10 +79,10 @@ def test_no_target_gives_zero_and_zero_gradients():
 
 
 def test_no_chunk_is_larger_than_the_limit(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * V)
-    rows = []
-    monkeypatch.setattr(module, "_chunk_loss", lambda hidden, *_: rows.append(len(hidden)) or hidden.sum())
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * B * T)
+    sizes, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: sizes.append(linear(*args).numel()) or linear(*args))
     hidden, weight, labels, _ = inputs()
-    linear_cross_entropy(hidden, weight, labels)
-    assert max(rows) == 4
-    assert sum(rows) == (labels != -100).sum()
+    linear_cross_entropy(hidden, weight, labels).backward()
+    assert max(sizes) <= 4 * B * T
+    assert sum(sizes) == 2 * V * (labels != -100).sum()  # once forward, once backward

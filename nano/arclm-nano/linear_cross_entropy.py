@@ -1,11 +1,12 @@
 """Weighted cross-entropy of a language-model head without its logits in memory."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
-# 2**24 float32 logits are 64 MB: that many at a time, whatever the vocabulary.
+# 2**24 float32 logits are 64 MB: that many at a time, whatever the number of targets.
 CHUNK_LOGITS = 2**24
 
 
@@ -22,29 +23,68 @@ def linear_cross_entropy(
         hidden_states: [B, T, D].
         weight: [V, D] of the head.
         labels: [B, T] target ids in [0, V), -100 for no target. Unshifted: position i against label i.
-        loss_weights: [B, T], 1 if `None`.
+        loss_weights: [B, T], 1 if `None`; no gradient flows to it.
         num_items_in_batch: the divisor, the number of targets if `None`.
 
     Returns:
-        [] float32, 0 where there is no target.
+        [] float32 (float64 for float64), 0 where there is no target.
     """
     if loss_weights is not None and loss_weights.shape != labels.shape:
         raise ValueError(f"loss_weights must be {list(labels.shape)} like labels, got {list(loss_weights.shape)}.")
     is_target = labels != -100
     hidden_states, labels = hidden_states[is_target], labels[is_target]
-    loss_weights = torch.ones_like(labels) if loss_weights is None else loss_weights[is_target]
-
-    rows = max(1, CHUNK_LOGITS // weight.shape[0])
-    total = hidden_states.new_zeros((), dtype=torch.float32)
-    for hidden, label, factor in zip(
-        hidden_states.split(rows), labels.split(rows), loss_weights.split(rows), strict=True
-    ):
-        # the backward pass computes the logits of the chunk again instead of keeping them
-        total = total + checkpoint(_chunk_loss, hidden, weight, label, factor, use_reentrant=False)
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):  # which does not look into an autograd function
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+    factor = torch.ones_like(labels) if loss_weights is None else loss_weights[is_target]
+    total = _LinearCrossEntropy.apply(hidden_states, weight, labels, factor)
     return total / (max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch)
 
 
-def _chunk_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor
-) -> torch.Tensor:
-    return (F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none") * factor).sum()
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum(factor * CE) over N targets, chunk by chunk of the vocabulary.
+
+    The backward pass computes the logits again: with the log-sum-exp of each row known, the gradient of a chunk of the
+    vocabulary needs nothing of the others. So each row of the weight gradient is written once; chunks of targets would
+    read and write all V of them for each chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor
+    ) -> torch.Tensor:
+        normalizer = target = None
+        for _, logits, index, inside in _chunks(hidden, weight, labels):
+            picked = logits.gather(1, index).squeeze(1)
+            log_sum = logits.logsumexp(-1)
+            normalizer = log_sum if normalizer is None else torch.logaddexp(normalizer, log_sum)
+            target = picked if target is None else torch.where(inside, picked, target)
+        ctx.save_for_backward(hidden, weight, labels, factor, normalizer)
+        return ((normalizer - target) * factor).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        hidden, weight, labels, factor, normalizer = ctx.saved_tensors
+        factor = (factor.to(normalizer.dtype) * grad)[:, None]
+        grad_hidden = torch.zeros_like(hidden, dtype=normalizer.dtype)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for part, logits, index, inside in _chunks(hidden, weight, labels):
+            # factor (softmax - one-hot), in the place of the logits
+            logits.sub_(normalizer[:, None]).exp_().scatter_add_(1, index, -inside.to(logits.dtype)[:, None])
+            grad_logits = logits.mul_(factor).to(hidden.dtype)
+            grad_hidden += grad_logits @ weight[part].to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight[part] = grad_logits.mT @ hidden
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+def _chunks(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple]:
+    """Yield a slice of the vocabulary, its logits [N, size], where in it the labels are [N, 1], and which are [N]."""
+    size = max(1, CHUNK_LOGITS // max(1, len(hidden)))
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    for start in range(0, len(weight), size):
+        part = slice(start, min(start + size, len(weight)))
+        logits = F.linear(hidden, weight[part].to(hidden.dtype)).to(dtype)
+        inside = (labels >= part.start) & (labels < part.stop)
+        yield part, logits, (labels - part.start).clamp(0, part.stop - part.start - 1)[:, None], inside
