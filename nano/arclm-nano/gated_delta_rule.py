@@ -45,38 +45,48 @@ class DeltaRuleInputs(NamedTuple):
 
 
 def gated_delta_rule(
-    inputs: DeltaRuleInputs, initial_state: torch.Tensor | None = None, block_size: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    inputs: DeltaRuleInputs,
+    initial_state: torch.Tensor | None = None,
+    block_size: int | None = None,
+    *,
+    need_final: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Run the recurrence over T tokens.
 
     Args:
         inputs: see `DeltaRuleInputs`. bfloat16 and float16 are computed in float32.
         initial_state: [B, H, K, Vd], zero if `None`.
         block_size: any number >= 1; asks for the states at the boundaries of blocks counted from the first token.
+        need_final: whether to compute the final state, which a noisy block would throw away.
 
     Returns:
-        Outputs [B, T, H, Vd] in the dtype of v, the final state [B, H, K, Vd], float32 (float64 for float64), and the
-        N = ceil(T / block_size) states before each block [B, N, H, K, Vd], `None` without `block_size`.
+        Outputs [B, T, H, Vd] in the dtype of v; the final state [B, H, K, Vd], float32 (float64 for float64), `None`
+        without `need_final`; the N = ceil(T / block_size) states before each block [B, N, H, K, Vd], `None` without
+        `block_size`.
     """
     # autocast, as the Trainer's bf16, would round every product, and generation, without it, none
     with torch.autocast(inputs.v.device.type, enabled=False):
-        return _gated_delta_rule(inputs, initial_state, block_size)
+        return _gated_delta_rule(inputs, initial_state, block_size, need_final)
 
 
-def _gated_delta_rule(inputs: DeltaRuleInputs, initial_state: torch.Tensor | None, block_size: int | None) -> tuple:
+def _gated_delta_rule(
+    inputs: DeltaRuleInputs, initial_state: torch.Tensor | None, block_size: int | None, need_final: bool
+) -> tuple:
     tokens = inputs.q.shape[1]
     chunk = _Chunk.of(inputs, _chunk_size(block_size, tokens))
     state = chunk.zero_state() if initial_state is None else initial_state.to(chunk.v.dtype)
     if chunk.v.shape[1] == 1:  # one chunk needs no scan, and its system has Vd right-hand sides instead of K + Vd
-        v_new = chunk.solve(chunk.residual(state[:, None]))
-        states = torch.stack((state, chunk.next_state(state[:, None], v_new)[:, 0]), 1)
+        start = state[:, None]
+        v_new = chunk.solve(chunk.residual(start))
+        final = chunk.next_state(start, v_new)[:, 0] if need_final else None
     else:
         states, v_new = _scan_chunks(chunk, state)
-    output = chunk.to_tokens(chunk.read(states[:, :-1], v_new), inputs.v)
+        start, final = states[:, :-1], states[:, -1]
+    output = chunk.to_tokens(chunk.read(start, v_new), inputs.v)
     boundary_states = None
     if block_size is not None:
-        boundary_states = _boundary_states(chunk, states[:, :-1], v_new, block_size)[:, : -(-tokens // block_size)]
-    return output, states[:, -1], boundary_states
+        boundary_states = _boundary_states(chunk, start, v_new, block_size)[:, : -(-tokens // block_size)]
+    return output, final, boundary_states
 
 
 def _chunk_size(block_size: int | None, tokens: int) -> int:
@@ -110,6 +120,7 @@ class _Chunk(NamedTuple):
         q, k, v: [B, N, H, C, K or Vd], q and k normalised, q scaled.
         beta: [B, N, H, C, 1].
         decay: [B, N, H, C], G, the log decay accumulated from the start of the chunk to each token, inclusive.
+        fade: [B, N, H, C, C], e^{G_i - G_j} from key j to row i; 0 for keys after the row.
     """
 
     q: torch.Tensor
@@ -117,6 +128,7 @@ class _Chunk(NamedTuple):
     v: torch.Tensor
     beta: torch.Tensor
     decay: torch.Tensor
+    fade: torch.Tensor
 
     @classmethod
     def of(cls, inputs: DeltaRuleInputs, chunk_size: int) -> "_Chunk":
@@ -136,7 +148,10 @@ class _Chunk(NamedTuple):
 
         q, k = qk(inputs.q) * inputs.q.shape[-1] ** -0.5, qk(inputs.k)
         v, beta, g = cut(inputs.v.to(dtype)), cut(inputs.beta.to(dtype)[..., None]), cut(inputs.g.to(dtype)[..., None])
-        return cls(q, k, v, beta, g.squeeze(-1).cumsum(-1))
+        decay = g.squeeze(-1).cumsum(-1)
+        # the first tril is before exp: above the diagonal the difference is positive and could overflow
+        fade = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()
+        return cls(q, k, v, beta, decay, fade)
 
     def zero_state(self) -> torch.Tensor:
         batch, _, heads, _, key_dim = self.k.shape
@@ -144,11 +159,7 @@ class _Chunk(NamedTuple):
 
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, N, H, C, C]: rows (q or beta k) times keys, decayed from key to row; 0 for keys after the row."""
-        size = rows.shape[-2]
-        later = torch.ones(size, size, dtype=torch.bool, device=rows.device).triu(1)
-        difference = self.decay.unsqueeze(-1) - self.decay.unsqueeze(-2)
-        # masked before exp: above the diagonal the difference is positive and could overflow
-        return (rows @ self.k.mT) * difference.masked_fill(later, float("-inf")).exp()
+        return (rows @ self.k.mT) * self.fade
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
         """(I + tril(beta k k^T e^{G_i - G_j}, -1))^{-1} rhs; the solver takes the diagonal as 1."""

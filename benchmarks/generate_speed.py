@@ -1,0 +1,240 @@
+"""Speed of `generate`: arcLM, dLLM's BD3LMSampler over transformers' Qwen3.5, the AR parent, and the arithmetic floor.
+
+    python benchmarks/generate_speed.py --dllm PATH
+
+PATH is a checkout of github.com/ZHZisZZ/dllm; without it that contestant is left out. All contestants have the same
+weights and get the same prompt, arcLM and dLLM the same number of denoising steps; they take turns in one process.
+Writes benchmarks/results/generate_speed_cpu.json (or _gpu.json) and a plot beside it.
+
+A row is a batch of random prompts. Seconds are those of the whole call, prompt included; a step is the time from one
+denoising pass to the next, sampling included. The floor of a step is its arithmetic (2 x parameters x tokens over the
+rate of matrix products) or its reading (weights, state, keys and values over the memory bandwidth), whichever takes
+longer; rate and bandwidth are measured between the contestants. Targets are for the shape hidden256 on a CPU.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from common import (
+    Limits,
+    cache_bytes,
+    check_targets,
+    count_parameters,
+    default_device,
+    default_dtype,
+    default_output,
+    floor_seconds,
+    interleave,
+    load_dllm,
+    make_arclm,
+    make_parent,
+    measure_limits,
+    median,
+    print_table,
+    random_ids,
+    ratio,
+    start_record,
+    synchronise,
+    write_record,
+)
+from transformers import HfArgumentParser, Qwen3_5ForCausalLM
+from transformers.hf_argparser import HfArg
+
+from arclm.modeling_arclm import ArcLMForDiffusionLM
+
+
+# at most, for the shape hidden256 on a CPU
+TARGETS = {"step_over_floor": 2.0, "step_over_dllm": 0.5, "s_over_dllm": 1.0, "s_over_ar": 1.0}
+LONG = {"context": 4096, "new_tokens": 256}  # the row whose seconds have a target of their own
+LONG_TARGETS = TARGETS | {"s_over_dllm": 1 / 3}
+MODELS = ("arclm", "dllm", "ar")
+
+
+@dataclass
+class SpeedArguments:
+    """What to measure."""
+
+    dllm: str | None = HfArg(default=None, help="Directory of a dLLM checkout.")
+    device: str = HfArg(default_factory=default_device, help="cpu or cuda.")
+    shapes: list[str] | None = field(
+        default=None, metadata={"help": "Among nano, hidden256, 0.8b. CPU: the first two; GPU: all."}
+    )
+    batch_sizes: list[int] | None = field(default=None, metadata={"help": "Rows per batch. CPU: 1 4; GPU: 1 4 16."})
+    contexts: list[int] | None = field(
+        default=None, metadata={"help": "Prompt tokens. CPU: 64 1024; GPU: 64 1024 8192."}
+    )
+    new_tokens: int = HfArg(default=64, help="Tokens to generate.")
+    tokens_per_step: int = HfArg(default=4, help="Tokens that a denoising step fills.")
+    long_row: bool = HfArg(default=True, help="Also 256 tokens after 4,096, batch 1, for every shape.")
+    repeats: int = HfArg(default=5, help="Recorded rounds, of which the median counts.")
+    output_file: str | None = HfArg(default=None, help="Result file.")
+
+
+class StepClock:
+    """Notes when each forward pass of a model begins."""
+
+    def __init__(self, model: torch.nn.Module, device: str):
+        self.device, self.starts = device, []
+        self.hook = model.register_forward_pre_hook(self._note)
+
+    def _note(self, *_) -> None:
+        synchronise(self.device)
+        self.starts.append(time.perf_counter())
+
+    def run(self, generate, passes: int) -> tuple[float, float]:
+        """Call `generate` and return its seconds and the median seconds of its last `passes` passes."""
+        self.starts.clear()
+        synchronise(self.device)
+        start = time.perf_counter()
+        generate()
+        synchronise(self.device)
+        ends = [*self.starts[1:], time.perf_counter()]
+        steps = [end - begin for begin, end in zip(self.starts, ends, strict=True)]
+        return ends[-1] - start, median(steps[-passes:])
+
+
+def contestants(
+    model: ArcLMForDiffusionLM, parent: Qwen3_5ForCausalLM, prompts: torch.Tensor, peer: ModuleType | None, **lengths
+) -> dict[str, Any]:
+    """Return what to time: a function for each contestant that returns seconds of the call and of a step.
+
+    `lengths` are `new_tokens` and `steps`, the latter over all blocks.
+    """
+    new, steps, config = lengths["new_tokens"], lengths["steps"], model.config
+    device = prompts.device.type
+    arclm_clock, parent_clock = StepClock(model, device), StepClock(parent, device)
+
+    def arclm():
+        model.generate(prompts, max_new_tokens=new, steps=steps, do_sample=False, eos_token_id=[])
+
+    def dllm():
+        tokens = {"mask_token_id": config.mask_token_id, "pad_token_id": config.pad_token_id}
+        tokenizer = SimpleNamespace(**tokens, bos_token_id=None, eos_token_id=None)
+        peer.BD3LMSampler(model=parent, tokenizer=tokenizer).sample(
+            list(prompts),
+            max_new_tokens=new,
+            block_size=config.block_size,
+            steps=steps,
+            temperature=0.0,
+            right_shift_logits=config.right_shift_logits,
+        )
+
+    def ar():
+        parent.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, do_sample=False)
+
+    runs = {"arclm": lambda: arclm_clock.run(arclm, steps), "ar": lambda: parent_clock.run(ar, new)}
+    if peer is not None:
+        runs["dllm"] = lambda: parent_clock.run(dllm, steps)
+    return runs
+
+
+def measure(
+    model: ArcLMForDiffusionLM,
+    parent: Qwen3_5ForCausalLM,
+    prompts: torch.Tensor,
+    peer: ModuleType | None = None,
+    *,
+    new_tokens: int,
+    tokens_per_step: int,
+    repeats: int,
+) -> dict:
+    """Time one batch of prompts [B, P], P a multiple of the block; returns a row of the table."""
+    config, device = model.config, prompts.device.type
+    steps = new_tokens // tokens_per_step
+    runs = contestants(model, parent, prompts, peer, new_tokens=new_tokens, steps=steps)
+    results = interleave({**runs, "limits": measure_limits(device, model.dtype)}, repeats)
+    limits = Limits(*median(results["limits"]))
+    seconds, step = {}, {}
+    for name in MODELS:
+        seconds[name], step[name] = median(results.get(name, [])) or (None, None)
+
+    with torch.no_grad():
+        cache = model(prompts, use_cache=True, logits_to_keep=1).past_key_values
+    weights = sum(weight.nbytes for weight in model.parameters())
+    tokens = len(prompts) * config.block_size
+    floor = floor_seconds(count_parameters(model), tokens, weights + cache_bytes(cache), limits)
+    return {
+        "batch": len(prompts),
+        "context": prompts.shape[1],
+        "new": new_tokens,
+        "steps": steps,
+        **{f"{name}_s": seconds[name] for name in MODELS},
+        "arclm_step_ms": ratio(step["arclm"], 1e-3),
+        "dllm_step_ms": ratio(step["dllm"], 1e-3),
+        "floor_ms": 1e3 * floor,
+        "step_over_floor": ratio(step["arclm"], floor),
+        "step_over_dllm": ratio(step["arclm"], step["dllm"]),
+        "s_over_dllm": ratio(seconds["arclm"], seconds["dllm"]),
+        "s_over_ar": ratio(seconds["arclm"], seconds["ar"]),
+        "limits": limits._asdict(),
+    }
+
+
+def measure_shape(shape: str, peer: ModuleType | None, args: SpeedArguments) -> list[dict]:
+    """Measure all rows of one shape."""
+    model = make_arclm(shape, args.device, default_dtype(args.device))
+    parent = make_parent(model)
+    cases = [(batch, context, args.new_tokens) for context in args.contexts for batch in args.batch_sizes]
+    if args.long_row:
+        cases.append((1, LONG["context"], LONG["new_tokens"]))
+    rows = []
+    for batch, context, new in cases:
+        prompts = random_ids(model.config, batch, context, args.device)
+        row = measure(
+            model,
+            parent,
+            prompts,
+            peer,
+            new_tokens=new,
+            tokens_per_step=args.tokens_per_step,
+            repeats=args.repeats,
+        )
+        if shape == "hidden256" and args.device == "cpu":
+            is_long = (context, new) == tuple(LONG.values())
+            row = check_targets(row, LONG_TARGETS if is_long else TARGETS)
+        rows.append({"shape": shape, **row})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """Draw the seconds of every row, a group of bars for each."""
+    names = [f"{row['shape']}\n{row['batch']} x {row['context']}\n+{row['new']}" for row in rows]
+    figure, axes = plt.subplots(figsize=(max(7, 0.8 * len(rows)), 4.2), layout="constrained")
+    for i, model in enumerate(MODELS):
+        seconds = [row[f"{model}_s"] or float("nan") for row in rows]
+        axes.bar([x + 0.27 * (i - 1) for x in range(len(rows))], seconds, 0.25, label=model)
+    axes.set(ylabel="seconds per call of generate", yscale="log", title="batch x context + new tokens")
+    axes.set_xticks(range(len(rows)), names, fontsize=8)
+    axes.legend()
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure, print, draw, write."""
+    args = HfArgumentParser(SpeedArguments).parse_args_into_dataclasses()[0]
+    is_gpu = args.device == "cuda"
+    args.shapes = args.shapes or ["nano", "hidden256", *["0.8b"] * is_gpu]
+    args.batch_sizes = args.batch_sizes or [1, 4, *[16] * is_gpu]
+    args.contexts = args.contexts or [64, 1024, *[8192] * is_gpu]
+    record = start_record("Seconds of generate and of a denoising step, medians.", args.device, args.dllm)
+    record |= {"repeats": args.repeats, "tokens_per_step": args.tokens_per_step}
+    record |= {"targets": TARGETS, "targets_long": LONG_TARGETS | LONG}
+    peer = load_dllm(args.dllm, "dllm.core.samplers.bd3lm")
+    file, record["rows"] = Path(args.output_file or default_output("generate_speed", args.device)), []
+    for shape in args.shapes:
+        record["rows"] += measure_shape(shape, peer, args)
+        write_record(record, file)
+    print_table("generate: seconds of a call, milliseconds of a denoising step", record["rows"])
+    plot(record["rows"], file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

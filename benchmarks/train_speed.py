@@ -1,0 +1,215 @@
+"""Speed and memory of a training step: arcLM against dLLM's BD3LMTrainer loss over transformers' Qwen3.5.
+
+    python benchmarks/train_speed.py --dllm PATH
+
+PATH is a checkout of github.com/ZHZisZZ/dllm; without it that contestant is left out. dLLM reads [x_t ; x_0] as one
+sequence with a block mask, so its recurrent layers scan both streams. Both contestants have the same weights, rows,
+loop (loss, backward, clip, AdamW) and precision (float32 on a CPU, bfloat16 autocast over float32 weights on a GPU);
+they take turns in one process. Of dLLM only the loss of its trainer runs: its argument classes ask for an older
+transformers. Writes benchmarks/results/train_speed_cpu.json (or _gpu.json) and a plot beside it.
+
+A row is a batch of random tokens, of which the last `response` share is trained on. Tokens per second counts all of
+x_0. Peak memory is that of one step with all that it needs: weights, gradients, optimizer and activations, without the
+libraries. The target is for the shape hidden256 on a CPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import MethodType, ModuleType, SimpleNamespace
+
+import matplotlib.pyplot as plt
+import torch
+from common import (
+    MB,
+    check_targets,
+    default_device,
+    default_output,
+    interleave,
+    load_dllm,
+    make_arclm,
+    make_parent,
+    median,
+    peak_memory,
+    print_table,
+    random_ids,
+    ratio,
+    start_record,
+    timed,
+    write_record,
+)
+from torch import nn
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+
+TARGETS = {"s_over_dllm": 2 / 3}  # at most, for the shape hidden256 on a CPU
+DLLM_TRAINER = "dllm.core.trainers.bd3lm"
+MODELS = ("arclm", "dllm")
+IGNORE = -100
+
+
+@dataclass
+class TrainSpeedArguments:
+    """What to measure."""
+
+    dllm: str | None = HfArg(default=None, help="Directory of a dLLM checkout.")
+    device: str = HfArg(default_factory=default_device, help="cpu or cuda.")
+    shapes: list[str] | None = field(
+        default=None, metadata={"help": "Among nano, hidden256, 0.8b. CPU: the first two; GPU: all."}
+    )
+    batch_sizes: list[int] | None = field(default=None, metadata={"help": "Rows per batch. CPU: 1 4; GPU: 1 4."})
+    lengths: list[int] | None = field(default=None, metadata={"help": "Tokens per row. CPU: 512; GPU: 512 2048."})
+    responses: list[float] | None = field(
+        default=None, metadata={"help": "Shares of the tokens to train on: 1.0 0.5 by default."}
+    )
+    repeats: int = HfArg(default=9, help="Recorded rounds, of which the median counts.")
+    output_file: str | None = HfArg(default=None, help="Result file.")
+
+
+def random_rows(config, batch: int, length: int, response: float, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels [batch, length]; the labels are the last `response` share of the ids, -100 before it."""
+    x_0 = random_ids(config, batch, length, device)
+    labels = x_0.clone()
+    labels[:, : round(length * (1 - response))] = IGNORE
+    return x_0, labels
+
+
+def arclm_loss(model: nn.Module, x_0: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return a function that draws one masking rate per block, as train_bd3lm.py, and computes the loss."""
+    mask_token_id, block_size = model.config.mask_token_id, model.config.block_size
+    num_blocks, num_items = x_0.shape[1] // block_size, int((labels != IGNORE).sum())
+
+    def loss() -> torch.Tensor:
+        t = 1e-3 + (1 - 1e-3) * torch.rand(len(x_0), num_blocks, device=x_0.device).repeat_interleave(block_size, 1)
+        is_masked = (torch.rand_like(t) < t) & (labels != IGNORE)
+        return model(
+            x_0,
+            noisy_input_ids=x_0.masked_fill(is_masked, mask_token_id),
+            labels=labels.masked_fill(~is_masked, IGNORE),
+            loss_weights=1 / t,
+            num_items_in_batch=num_items,
+        ).loss
+
+    return loss
+
+
+def dllm_loss(
+    peer: ModuleType, parent: nn.Module, config, x_0: torch.Tensor, labels: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """Return a function that runs `compute_loss` of dLLM's trainer, with no more of a trainer than it asks for."""
+    trainer = SimpleNamespace(
+        block_size=config.block_size,
+        time_epsilon=1e-3,
+        loss_norm_type="token",
+        loss_weight_type="scheduler",
+        right_shift_logits=False,  # with it dLLM prepends a token, and the lengths would differ
+        scheduler=import_module("dllm.core.schedulers").LinearAlphaScheduler(),
+        processing_class=SimpleNamespace(padding_side="right", mask_token_id=config.mask_token_id),
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        meter=SimpleNamespace(update=lambda **_: None),
+    )
+    for name in ("_preprocess_inputs", "_postprocess_outputs", "_compute_loss_weights"):
+        setattr(trainer, name, MethodType(getattr(peer.BD3LMTrainer, name), trainer))
+    return lambda: peer.BD3LMTrainer.compute_loss(trainer, parent, {"input_ids": x_0, "labels": labels})
+
+
+def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], device: str) -> Callable[[], float]:
+    """Return the training step of both contestants, which returns its loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    model.train()
+
+    def step() -> float:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.item()
+
+    return step
+
+
+def prepare(
+    name: str, shape: str | dict, rows: tuple[int, int, float], device: str, dllm: str | None
+) -> Callable[[], float]:
+    """Return the training step of one contestant, "arclm" or "dllm", on `rows`: batch, length, response share."""
+    model = make_arclm(shape, device, torch.float32)
+    config = model.config
+    x_0, labels = random_rows(config, *rows, device)
+    if name == "arclm":
+        return training_step(model, arclm_loss(model, x_0, labels), device)
+    parent = make_parent(model)
+    parent.config.use_cache = False  # as transformers' Trainer
+    del model
+    peer = load_dllm(dllm, DLLM_TRAINER)
+    return training_step(parent, dllm_loss(peer, parent, config, x_0, labels), device)
+
+
+def measure(shape: str | dict, rows: tuple[int, int, float], device: str, dllm: str | None, *, repeats: int) -> dict:
+    """Time and weigh one batch of `rows`: batch, length, response share; returns a row of the table."""
+    names = [name for name in MODELS if name != "dllm" or dllm is not None]
+    steps = {name: prepare(name, shape, rows, device, dllm) for name in names}
+    results = interleave({name: lambda step=step: timed(step, device) for name, step in steps.items()}, repeats)
+    del steps
+    seconds = {name: median(results.get(name, [])) for name in MODELS}
+    memory = {name: peak_memory(device, prepare, name, shape, rows, device, dllm) for name in names if results[name]}
+    batch, length, response = rows
+    return {
+        "batch": batch,
+        "length": length,
+        "response": response,
+        **{f"{name}_s": seconds[name] for name in MODELS},
+        **{f"{name}_tokens_per_s": ratio(batch * length, seconds[name]) for name in MODELS},
+        **{f"{name}_peak_mb": ratio(memory.get(name), MB) for name in MODELS},
+        "s_over_dllm": ratio(seconds["arclm"], seconds["dllm"]),
+        "peak_over_dllm": ratio(memory.get("arclm"), memory.get("dllm")),
+    }
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """Draw tokens per second and peak memory of every row, a group of bars for each."""
+    names = [f"{row['shape']}\n{row['batch']} x {row['length']}\n{row['response']:.0%}" for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(max(9, 1.4 * len(rows)), 4.2), layout="constrained")
+    for axis, name, label in zip(
+        axes, ("tokens_per_s", "peak_mb"), ("tokens per second", "peak memory (MB)"), strict=True
+    ):
+        for i, model in enumerate(MODELS):
+            values = [row[f"{model}_{name}"] or float("nan") for row in rows]
+            axis.bar([x + 0.4 * (i - 0.5) for x in range(len(rows))], values, 0.38, label=model)
+        axis.set(ylabel=label, yscale="log", title="batch x length, share trained on")
+        axis.set_xticks(range(len(rows)), names, fontsize=8)
+        axis.legend()
+        axis.grid(axis="y", alpha=0.3)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure, print, draw, write."""
+    args = HfArgumentParser(TrainSpeedArguments).parse_args_into_dataclasses()[0]
+    is_gpu = args.device == "cuda"
+    args.shapes = args.shapes or ["nano", "hidden256", *["0.8b"] * is_gpu]
+    args.lengths = args.lengths or [512, *[2048] * is_gpu]
+    record = start_record("Seconds and peak memory of a training step, medians.", args.device, args.dllm)
+    record |= {"repeats": args.repeats, "targets": TARGETS, "rows": []}
+    file = Path(args.output_file or default_output("train_speed", args.device))
+    load_dllm(args.dllm, DLLM_TRAINER)
+    for shape in args.shapes:
+        for length in args.lengths:
+            for batch in args.batch_sizes or [1, 4]:
+                for response in args.responses or [1.0, 0.5]:
+                    row = measure(shape, (batch, length, response), args.device, args.dllm, repeats=args.repeats)
+                    if shape == "hidden256" and not is_gpu:
+                        row = check_targets(row, TARGETS)
+                    record["rows"].append({"shape": shape, **row})
+                    print(record["rows"][-1], flush=True)
+        write_record(record, file)
+    print_table("Training step: seconds, tokens per second, peak memory", record["rows"])
+    plot(record["rows"], file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

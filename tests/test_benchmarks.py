@@ -1,0 +1,210 @@
+"""The measuring functions of the speed benchmarks, on a tiny model: what they count, not how fast it is."""
+
+import sys
+from math import isfinite
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model, tokens
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import common
+import generate_speed
+import scaling
+import train_speed
+
+
+SHAPE = tiny_config(layer_types=["linear_attention", "full_attention"], num_hidden_layers=2).to_dict()
+BLOCK = 16
+
+
+@pytest.fixture(autouse=True)
+def memory_of_this_process(monkeypatch):
+    """Count memory here: a process of its own takes seconds to start."""
+
+    def peak(_, prepare, *args):
+        return common.peak_resident(1, prepare, *args)
+
+    for module in (train_speed, scaling):
+        monkeypatch.setattr(module, "peak_memory", peak)
+
+
+@pytest.fixture(params=[(1e9, 1e12), (1e12, 1e6)], ids=["slow arithmetic", "slow memory"])
+def limits(request, monkeypatch):
+    """Operations and bytes per second of a machine that is slow at one of the two."""
+    monkeypatch.setattr(generate_speed, "measure_limits", lambda *_: lambda: request.param)
+    return common.Limits(*request.param)
+
+
+class FakeSampler:
+    """Stands for dLLM's sampler: reads the prompt, then one block per step."""
+
+    def __init__(self, model, tokenizer):
+        self.model = model
+        assert tokenizer.mask_token_id == SHAPE["mask_token_id"]
+
+    @torch.no_grad()
+    def sample(self, prompts, *, block_size, steps, **_):
+        self.model(torch.stack(prompts))
+        for _ in range(steps):
+            self.model(prompts[0][None, :block_size])
+
+
+def assert_positive(row: dict, but: tuple[str, ...] = ()) -> None:
+    numbers = {name: value for name, value in row.items() if isinstance(value, int | float) or value is None}
+    wrong = {name: value for name, value in numbers.items() if value is None or not isfinite(value) or value <= 0}
+    assert set(wrong) == set(but), f"not finite and positive: {wrong}"
+
+
+def test_a_row_of_generate_speed_has_every_number(limits):
+    model = common.make_arclm(SHAPE, "cpu", torch.float32)
+    prompts = tokens(2, 3 * BLOCK)
+    peer = SimpleNamespace(BD3LMSampler=FakeSampler)
+    sizes = {"new_tokens": BLOCK, "tokens_per_step": 4, "repeats": 2}
+    row = generate_speed.measure(model, common.make_parent(model), prompts, peer, **sizes)
+    assert_positive(row)
+    assert (row["batch"], row["context"], row["steps"]) == (2, 3 * BLOCK, 4)
+    assert row["arclm_step_ms"] < 1e3 * row["arclm_s"]
+
+    # by hand: weights, and for each of 2 rows 48 columns of keys and values, a recurrent and a convolution state
+    parameters = sum(weight.numel() for weight in model.parameters())
+    cache = 2 * (2 * 3 * 48 * 24 + 4 * 10 * 14 + 4 * (2 * 2 * 10 + 4 * 14))
+    seconds = max(2 * parameters * 2 * BLOCK / limits.flops, 4 * (parameters + cache) / limits.bandwidth)
+    assert row["floor_ms"] == pytest.approx(1e3 * seconds)
+
+
+def test_without_a_peer_its_numbers_are_left_out(capsys):
+    assert common.load_dllm(None, "dllm.core.samplers.bd3lm") is None
+    assert "dLLM is left out" in capsys.readouterr().out
+    model = common.make_arclm(SHAPE, "cpu", torch.float32)
+    sizes = {"new_tokens": BLOCK, "tokens_per_step": 8, "repeats": 1}
+    row = generate_speed.measure(model, common.make_parent(model), tokens(1, BLOCK), None, **sizes)
+    assert_positive(row, but=("dllm_s", "dllm_step_ms", "step_over_dllm", "s_over_dllm"))
+
+
+def test_a_directory_without_dllm_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="is no checkout of dLLM: dllm/core is not there"):
+        common.load_dllm(str(tmp_path), "dllm.core.samplers.bd3lm")
+
+
+def test_an_unknown_shape_is_named():
+    with pytest.raises(SystemExit, match=r"shape '8b' is unknown\. Choose among nano, hidden256, 0\.8b"):
+        common.make_config("8b")
+
+
+def test_the_parent_has_the_weights_and_the_function_of_the_model():
+    model = tiny_model(context_attention="causal")
+    parent = common.make_parent(model)
+    assert parent.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert parent.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    x = tokens(2, 37)
+    with torch.no_grad():
+        assert (parent(x).logits - model(x).logits).abs().max() < 1e-4
+
+
+def test_a_row_of_train_speed_has_every_number():
+    row = train_speed.measure(SHAPE, (2, 3 * BLOCK, 0.5), "cpu", None, repeats=2)
+    left_out = ("dllm_s", "dllm_tokens_per_s", "dllm_peak_mb", "s_over_dllm", "peak_over_dllm")
+    assert_positive(row, but=left_out)
+    assert row["arclm_tokens_per_s"] == pytest.approx(2 * 3 * BLOCK / row["arclm_s"])
+
+
+def test_the_training_step_trains_on_the_response_alone():
+    config = tiny_config()
+    x_0, labels = train_speed.random_rows(config, 3, 40, 0.25, "cpu")
+    assert (labels[:, :30] == -100).all()
+    assert torch.equal(labels[:, 30:], x_0[:, 30:])
+    model = tiny_model()
+    before = [weight.clone() for weight in model.parameters()]
+    step = train_speed.training_step(model, train_speed.arclm_loss(model, x_0[:, :32], x_0[:, :32]), "cpu")
+    assert isfinite(step())
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("kind", "but"), [("denoise", ()), ("train", ("cache_mb",))])
+def test_rows_of_scaling_have_every_number(kind, but):
+    sizes = [size | {"context": 2 * BLOCK} for size in scaling.sizes_of(kind, "batch", [1, 3], BLOCK)]
+    rows = scaling.measure(kind, SHAPE, "batch", sizes, "cpu", repeats=1)
+    assert [row["batch"] for row in rows] == [1, 3]
+    for row in rows:
+        assert_positive(row, but)
+    if kind == "denoise":
+        assert rows[1]["cache_mb"] == pytest.approx(3 * rows[0]["cache_mb"])
+
+
+def test_exponents_of_known_laws():
+    n = [64, 256, 1024, 4096]
+    assert common.exponent(n, [3 * x**2 for x in n]) == pytest.approx(2.0)
+    rows = [{"step": "denoise", "axis": "context", "context": x} for x in n]
+    # a constant, then proportional
+    rows = [row | {"step_ms": max(1024, row["context"]), "peak_mb": 5, "cache_mb": None} for row in rows]
+    fits = scaling.fit(rows)
+    assert 0.29 < fits["step_ms"] < fits["step_ms_upper"] < 1
+    assert fits["peak_mb"] == pytest.approx(0)
+    assert fits["cache_mb"] is None
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_reading():
+    limits = common.Limits(flops=6, bandwidth=500)
+    assert common.floor_seconds(10, 3, 1000, limits) == 10  # 2 x 10 x 3 / 6
+    assert common.floor_seconds(10, 3, 10_000, limits) == 20  # 10,000 / 500
+
+
+def test_contestants_take_turns_and_one_without_memory_leaves():
+    calls = []
+
+    def contestant(name):
+        calls.append(name)
+        if name == "b" and calls.count("b") == 2:
+            raise torch.OutOfMemoryError
+        return len(calls)
+
+    results = common.interleave({name: lambda name=name: contestant(name) for name in "abc"}, 2)
+    assert calls == list("abcabcac")
+    assert results == {"a": [4, 7], "b": [], "c": [6, 8]}
+    assert common.median(results["b"]) is None
+    assert common.median([(1, 10), (3, 40), (2, 20)]) == [2, 20]
+
+
+def test_the_clock_tells_a_pass_from_the_call():
+    class Model(torch.nn.Module):
+        def forward(self, seconds):
+            generate_speed.time.sleep(seconds)
+
+    model = Model()
+    clock = generate_speed.StepClock(model, "cpu")
+    seconds, step = clock.run(lambda: [model(x) for x in (0.2, 0.15, 0.02)], passes=1)
+    assert 0.37 <= seconds < 0.6
+    assert 0.02 <= step < 0.1
+
+
+def keep_50_mb():
+    """Return a function that takes 20 MB more."""
+    kept = torch.ones(50 * 10**6 // 4)
+    return lambda: float(torch.ones(20 * 10**6 // 4).sum() + kept[0])
+
+
+def test_peak_memory_counts_what_is_kept_and_what_a_call_takes():
+    assert 69e6 < common.peak_resident(1, keep_50_mb) < 80e6
+
+
+def test_targets_stand_beside_the_numbers(capsys):
+    row = common.check_targets(
+        {"a_over_b": 0.5, "b_over_c": 3.0, "none": None}, {"a_over_b": 1, "b_over_c": 2, "none": 1}
+    )
+    assert row["targets"] == {"a_over_b": {"at_most": 1, "met": True}, "b_over_c": {"at_most": 2, "met": False}}
+    common.print_table("title", [row])
+    printed = capsys.readouterr().out
+    assert "0.5 yes (<= 1)" in printed
+    assert "3 NO (<= 2)" in printed
+
+
+def test_result_files_have_four_digits(tmp_path):
+    common.write_record({"rows": [{"x": 1234.5678, "n": 123456, "none": None}]}, tmp_path / "x.json")
+    assert '"x": 1235.0' in (tmp_path / "x.json").read_text()
+    record = common.start_record("what", "cpu")
+    assert record["hardware"]["cores"] >= 1
+    assert set(record["versions"]) == {"python", "torch", "transformers"}
