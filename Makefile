@@ -51,8 +51,8 @@ gpu: $(READY)
 	@if $(RUN) -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)'; then \
 	    set -e; \
 	    $(RUN) -m pytest -q -m gpu $(PYTEST_ARGS); \
-	    for script in benchmarks/*_gpu*.py; do \
-	        if [ -e "$$script" ]; then echo "== $$script"; $(RUN) "$$script"; fi; \
+	    for script in generate_speed train_speed scaling; do \
+	        echo "== $$script"; $(RUN) benchmarks/$$script.py; \
 	    done; \
 	elif [ $$? -eq 3 ]; then \
 	    echo "make gpu: torch finds no CUDA device on this machine, so the GPU tests and benchmarks were not run."; \

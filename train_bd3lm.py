@@ -5,9 +5,12 @@
     python train_bd3lm.py --model_name_or_path DIR --dataset_name ORG/NAME --output_dir OUT
 
 `data_bd3lm.py` makes one sample of every assistant turn: the chat before it, which is never masked, and the response.
-`BD3LMTrainer.compute_loss` draws the noise. The file reads in this order: noise, trainer, main.
+`BD3LMTrainer.compute_loss` draws the noise, `logging_bd3lm.py` shows how it goes. A run that was killed goes on from
+its last checkpoint by the same command with `--resume_from_checkpoint` (`checkpoints_bd3lm.py`). The file reads in
+this order: noise, trainer, main.
 """
 
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -17,16 +20,38 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import LongTensor, Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+from torch.utils.data import Sampler
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+)
 from transformers import PretrainedConfig as Config
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.hf_argparser import HfArg
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
+from arclm.checkpoints_bd3lm import (
+    EpochSampler,
+    StopBeforeNaN,
+    TrainingError,
+    choose_checkpoint,
+    find_checkpoints,
+    original_class,
+    saving,
+)
 from arclm.data_bd3lm import IGNORE, InputError, collate, load_samples, print_table, read_rows
+from arclm.logging_bd3lm import ProgressBar, RateBuckets, ShowAnswers, memory_gib, write_card
 
 
 logger = logging.get_logger(__name__)
@@ -126,32 +151,97 @@ def make_loss_inputs(
 
 
 class BD3LMTrainer(Trainer):
-    """Trainer whose loss is the NELBO per response token, just like the parent with three differences.
+    """Trainer whose loss is the NELBO per response token, just like the parent with five differences.
 
     1. Batches arrive with all response tokens as labels, which the parent counts as `num_items_in_batch` over
        accumulation and processes. `compute_loss` then draws the noise and leaves only masked tokens as labels.
-    2. Noise is keyed by seed, optimizer step and place in that step: batch 8 x 1 or 2 x 4, one process or two, resumed
-       or not, the same rows get the same noise.
+    2. Noise is keyed by seed, optimizer step and place in that step, and the order of the rows by seed and epoch:
+       batch 8 x 1 or 2 x 4, one process or two, resumed or not, the same rows get the same noise.
     3. Evaluation has fixed masks, and `eval_loss` is the sum over the set / its response tokens, exact in one process.
+    4. Beside the loss it logs the cross-entropy of masked tokens by masking rate, and memory.
+    5. It stops before a step that would make the weights NaN; of checkpoints that fail nothing is left.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise InputError(
+                f"One process sees {self.args.n_gpu} GPUs, and would number the rows of a step wrongly. Start one for "
+                f"each, torchrun --nproc_per_node {self.args.n_gpu} train_bd3lm.py, or hide the others with "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
+        self.buckets = RateBuckets()
+        self.step_rows, self.step_losses = [], []  # of this process, one per micro-batch
+        self.add_callback(StopBeforeNaN(self))
+
+    def _get_train_sampler(self, *args, **kwargs) -> Sampler:
+        """Give the parent's sampler an order that does not depend on the number of processes or on a resume."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= self.args.world_size
+        return EpochSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Tensor | int | None]:
         """Collect the micro-batches of an optimizer step and number their rows in the order of the sampler."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self.step_rows, self.step_losses = [batch["row"].tolist() for batch in batches], []
         for i, batch in enumerate(batches):
             # processes take batches of the sampler in turn
             first = (i * self.args.world_size + self.args.process_index) * self.args.per_device_train_batch_size
             batch["row"] = torch.arange(first, first + len(batch["row"]))
         return batches, num_items_in_batch
 
-    def compute_loss(self, model: Model, inputs: dict[str, Tensor], *args, **kwargs) -> Any:
+    def compute_loss(
+        self,
+        model: Model,
+        inputs: dict[str, Tensor],
+        *args,
+        num_items_in_batch: Tensor | float | None = None,
+        **kwargs,
+    ) -> Any:
         """Draw the noise of a micro-batch and let the model compute its share of the loss."""
         # one key for every evaluation, so that runs with other seeds compare
         key = (self.args.seed, self.state.global_step) if model.training else (0, 0)
         x_0, rows = inputs["input_ids"], inputs["row"].tolist()
         noise = make_loss_inputs(x_0, inputs["labels"], self.model.config, key, rows)
+        if model.training:
+            scale = self.args.world_size if self.args.average_tokens_across_devices else 1
+            self.buckets.watch(noise["loss_weights"], noise["labels"] != IGNORE, scale / num_items_in_batch)
         inputs = {"input_ids": x_0, "attention_mask": inputs["attention_mask"], **noise}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """Remember the losses of the step, for the case that one is not finite."""
+        self.step_losses.append(super().training_step(*args, **kwargs))
+        return self.step_losses[-1]
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log, beside a loss of training, the cross-entropy of masked tokens by masking rate, and memory."""
+        if "loss" in logs:
+            logs |= {**self.buckets.take(self), "memory_gib": memory_gib()}
+        super().log(logs, *args, **kwargs)
+
+    def checkpoint_dir(self) -> Path:
+        """Return where a checkpoint of this step belongs."""
+        return Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        """Save as the parent; what could not be saved whole is removed, so the one before stays the last."""
+        folder, whole = self.checkpoint_dir(), [folder.name for folder in find_checkpoints(self.args.output_dir)]
+        go_on = f"{whole[-1]} is whole: make room and go on with --resume_from_checkpoint." if whole else "Make room."
+        try:
+            with saving(folder, go_on):
+                super()._save_checkpoint(*args, **kwargs)
+        except TrainingError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save as the parent; gathered from FSDP2, tied weights come twice and the model has another class."""
+        if state_dict and self.model.config.tie_word_embeddings:
+            state_dict = {key: weight for key, weight in state_dict.items() if not key.endswith("lm_head.weight")}
+        with original_class(self.model):
+            super()._save(output_dir, state_dict)
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args, **kwargs) -> dict[str, float]:
         """Measure the NELBO per response token as `eval_loss`."""
@@ -181,7 +271,10 @@ CARD_RUN = {
     "gradient_checkpointing": True,
     "train_sampling_strategy": "group_by_length",
     "logging_steps": 10,
-    "save_strategy": "no",  # the result is always saved
+    "include_num_input_tokens_seen": True,  # tokens per second
+    "logging_nan_inf_filter": False,  # `StopBeforeNaN` looks first
+    "save_steps": 500,
+    "save_total_limit": 1,  # the one before goes when the new one is whole
     "remove_unused_columns": False,  # `collate` takes what it needs
     "use_cache": True,  # stays in config.json; training uses none
     "output_dir": "arclm-0.8b-trained",  # beside model_name_or_path
@@ -205,26 +298,43 @@ class DataArguments:
     dataset_split: str = HfArg(default="train", help="Split of dataset_name, or a slice such as train[:5000].")
     eval_file: str | None = HfArg(default=None, help="JSONL to measure at the end, and when eval_strategy says.")
     max_length: int = HfArg(default=2048, help="Tokens after which a sample is cut, at least a block.")
+    lora_rank: int = HfArg(default=0, help="Train a LoRA adapter of this rank on all linear layers; 0: all weights.")
+    answer_steps: int = HfArg(default=500, help="Print answers to two prompts every so many steps; 0: never.")
 
 
 def parse_args(argv: list[str] | None) -> tuple[DataArguments, TrainingArguments]:
     """Read the command line; the card's run and what the hardware has are the defaults."""
-    has_bf16 = (has_gpu := torch.cuda.is_available()) and torch.cuda.is_bf16_supported()
+    has_gpu = torch.cuda.is_available()
+    has_bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     report_to = "tensorboard" if find_spec("tensorboard") else "none"
-    parser = HfArgumentParser((DataArguments, TrainingArguments), description=__doc__)
+    parser = HfArgumentParser((DataArguments, TrainingArguments), description=__doc__, conflict_handler="resolve")
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="true",
+        help="Go on from this checkpoint; without a value, or with true, from the last whole one in output_dir.",
+    )
     parser.set_defaults(**CARD_RUN, bf16=has_bf16, report_to=report_to, dataloader_pin_memory=has_gpu)
     # without it, processes of torchrun that find no GPU would each train a model of their own
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     # transformers 5.23 prefers activation_checkpointing, which older ones do not have
     warnings.filterwarnings("ignore", message="`gradient_checkpointing`", category=FutureWarning)
-    data_args, args = parser.parse_args_into_dataclasses(argv)
-    if not args.bf16 and not has_bf16:
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(
+            f"Not understood: {' '.join(unknown)}. --help lists the options. What belongs to the model, such as the "
+            "block size, is in its config.json: choose it in convert_a2d.py."
+        )
+    if namespace.include_num_input_tokens_seen:
+        namespace.include_num_input_tokens_seen = "non_padding"  # the command line takes true and false only
+    if not has_bf16 and not namespace.fp16:
+        namespace.bf16 = False
         logger.warning("There is no GPU with bfloat16: training in float32.")
-    return data_args, args
+    return parser.parse_dict(vars(namespace))
 
 
-def load_model(name: str) -> tuple[Model, Tokenizer, dict[str, torch.dtype]]:
-    """Load a converted model in float32, which small updates need, and the dtype that each of its weights came in."""
+def load_model(name: str) -> tuple[Model, Tokenizer]:
+    """Load a converted model, in float32, which small updates need."""
     try:
         model_type = AutoConfig.from_pretrained(name, trust_remote_code=True).model_type
     except OSError as error:
@@ -238,19 +348,42 @@ def load_model(name: str) -> tuple[Model, Tokenizer, dict[str, torch.dtype]]:
             f"python convert_a2d.py --model_name_or_path {name} --output_dir DIR"
         )
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-    model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype="auto")
-    dtypes = {key: weight.dtype for key, weight in model.named_parameters()}
-    return model.float(), tokenizer, dtypes
+    return AutoModel.from_pretrained(name, trust_remote_code=True, dtype=torch.float32), tokenizer
 
 
-def save_result(trainer: BD3LMTrainer, dtypes: dict[str, torch.dtype]) -> None:
-    """Make output_dir a whole model directory, its weights in the dtypes that they came in."""
-    for key, weight in trainer.model.named_parameters():
-        weight.data = weight.data.to(dtypes[key])
-    trainer.save_model()
-    if trainer.args.should_save:
-        # a pickle has no place in a model directory
-        Path(trainer.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+def train(trainer: BD3LMTrainer, checkpoint: str | None, max_length: int) -> None:
+    """Train; where the memory does not suffice, say what helps."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        args = trainer.args
+        batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        checkpointing = str(args.gradient_checkpointing).lower()
+        raise TrainingError(
+            f"Out of memory at {batch} x {max_length} tokens. What helps, in this order, with the values now in "
+            f"brackets: --per_device_train_batch_size 1 [{batch}] with --gradient_accumulation_steps "
+            f"{batch * accumulation} [{accumulation}], the same result; --gradient_checkpointing true "
+            f"[{checkpointing}], slower, the same result; --max_length {max_length // 2} [{max_length}], which cuts "
+            "longer samples."
+        ) from error
+
+
+def save_result(trainer: BD3LMTrainer, name: str) -> None:
+    """Make output_dir a whole model directory, weights in the dtypes of the model `name`; of LoRA, an adapter."""
+    state_dict = trainer.accelerator.get_state_dict(trainer.model)  # from all processes
+    if not trainer.args.should_save:
+        return
+    folder = Path(trainer.args.output_dir)
+    with saving(folder, "The last checkpoint in it has the weights too."):
+        if isinstance(trainer.model, PeftModel):
+            trainer.model.save_pretrained(folder, state_dict=state_dict)
+        else:
+            model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype="auto")
+            model.load_state_dict(state_dict)
+            model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
 
 
 def load_data(
@@ -272,10 +405,14 @@ def load_data(
 def main(argv: list[str] | None = None) -> None:
     """Load, train, evaluate, save."""
     data_args, args = parse_args(argv)
-    model, tokenizer, dtypes = load_model(data_args.model_name_or_path)
+    model, tokenizer = load_model(data_args.model_name_or_path)
+    checkpoint = choose_checkpoint(args, model.config)
     samples, counts = load_data(data_args, args, tokenizer, model.config)
     if args.process_index == 0:
         print_table(counts)
+    if rank := data_args.lora_rank:
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
 
     trainer = BD3LMTrainer(
         model=model,
@@ -285,17 +422,24 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         data_collator=collate,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar())
+    if data_args.answer_steps:
+        trainer.add_callback(ShowAnswers(samples.get("eval", samples["train"]), tokenizer, data_args.answer_steps))
+    train(trainer, checkpoint, data_args.max_length)
     if "eval" in samples:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    save_result(trainer, dtypes)
+    save_result(trainer, data_args.model_name_or_path)
+    if trainer.is_world_process_zero():
+        write_card(trainer, counts, ["python", *(sys.argv if argv is None else ["train_bd3lm.py", *argv])])
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, TrainingError, OSError) as error:
         sys.exit(f"train_bd3lm.py: {error}")

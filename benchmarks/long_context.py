@@ -3,9 +3,9 @@
     python benchmarks/long_context.py
 
 generates one block after random prompts, each length in a process of its own, and writes
-benchmarks/results/long_context.json. "peak": memory above the loaded model. "cache": what the cache holds, which has to
-equal what README says about it. The exponents are those of a power law fitted to the lengths, without the shortest.
-Weights are random at the 0.8B shapes: neither time nor memory depends on them.
+benchmarks/results/long_context.json. "peak": memory above the loaded model. "cache": what the cache holds, as README
+says. The exponents are those of a power law fitted to the lengths, without the shortest. Weights are random at the 0.8B
+shapes: neither time nor memory depends on them.
 """
 
 import json

@@ -2,9 +2,10 @@
 
     python benchmarks/sampler.py
 
-measures nano/arclm-nano and writes benchmarks/results/sampler.json and sampler.png. "curves": each strategy, greedy, from
-slow to fast. "degenerate": the share of outputs that do not stop, hold special tokens, or repeat themselves (see
-`degeneration` in nano/evaluate.py), sampled at three temperatures. "parity" repeats what benchmarks/dllm_parity.py found.
+measures nano/arclm-nano and writes benchmarks/results/sampler.json and sampler.png. "curves": each strategy, greedy,
+from slow to fast. "degenerate": the share of outputs that do not stop, hold special tokens, or repeat themselves (see
+`degeneration` in nano/evaluate.py), sampled at three temperatures. "parity" repeats what benchmarks/dllm_parity.py
+found.
 """
 
 import json

@@ -60,7 +60,8 @@ def train_command(model: str, data: str, output_dir: str) -> str:
         "-m torch.distributed.run --nproc_per_node 2 train_bd3lm.py --use_cpu true"
         f" --model_name_or_path {model} --train_file {data} --output_dir {output_dir} --per_device_train_batch_size 16"
         " --gradient_accumulation_steps 1 --gradient_checkpointing false --lr_scheduler_type cosine"
-        " --warmup_steps 50 --max_grad_norm 1.0 --logging_steps 50 --report_to none "
+        " --warmup_steps 50 --max_grad_norm 1.0 --logging_steps 50 --report_to none"
+        " --save_strategy no --answer_steps 0 "
     )
 
 

@@ -39,6 +39,14 @@ def test_value_and_gradients_equal_the_plain_loss(monkeypatch, chunk_logits):
         assert (grad - reference).abs().max() < 1e-12
 
 
+def test_the_gradient_of_the_loss_weights_is_the_cross_entropy_of_each_position():
+    hidden, weight, labels, factor = inputs()
+    loss = linear_cross_entropy(hidden, weight, labels, factor.requires_grad_(), 7)
+    (grad,) = torch.autograd.grad(loss, factor)
+    expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none").view(B, T) / 7
+    assert (grad - expected).abs().max() < 1e-6
+
+
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_do():
     hidden, weight, labels, factor = inputs()
     loss = linear_cross_entropy(hidden, weight.detach(), labels, factor, 7)

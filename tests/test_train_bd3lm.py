@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import chat, tiny_config, tiny_model, write_lines
 from safetensors import safe_open
+from trainers import ANSWERS, make_trainer
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
 from arclm import train_bd3lm as bd3lm
-from arclm.data_bd3lm import IGNORE, collate, load_samples, read_rows
+from arclm.data_bd3lm import IGNORE, load_samples, read_rows
 from arclm.train_bd3lm import draw_uniforms, make_loss_inputs
 
 
@@ -114,19 +115,9 @@ def test_loss_inputs_name_the_length_that_would_fit():
 # ---- Trainer
 
 
-def make_trainer(config, samples, folder, **options) -> bd3lm.BD3LMTrainer:
-    """A trainer whose single step of plain gradient descent with rate 1 leaves the gradient as the difference."""
-    step = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0}
-    step |= {"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    args = TrainingArguments(folder, remove_unused_columns=False, dataloader_pin_memory=False, **{**step, **options})
-    model = tiny_model(**config.to_diff_dict())
-    return bd3lm.BD3LMTrainer(model, args, train_dataset=samples, eval_dataset=samples, data_collator=collate)
-
-
 @pytest.fixture(scope="module")
 def samples(nano_tokenizer, config, tmp_path_factory):
-    # answers of very different lengths: a mean of means is far from the mean
-    rows = [chat("Write.", " ".join(["kato"] * count)) for count in (1, 40, 2, 9, 30, 1, 3, 20)]
+    rows = [chat("Write.", answer) for answer in ANSWERS]
     file = write_lines(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
     return load_samples(read_rows(file, None, ""), nano_tokenizer, config, max_length=256)[0]
 

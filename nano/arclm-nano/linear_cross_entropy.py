@@ -23,7 +23,7 @@ def linear_cross_entropy(
         hidden_states: [B, T, D].
         weight: [V, D] of the head.
         labels: [B, T] target ids in [0, V), -100 for no target. Unshifted: position i against label i.
-        loss_weights: [B, T], 1 if `None`; no gradient flows to it.
+        loss_weights: [B, T], 1 if `None`. The gradient that flows to it is each position's cross-entropy.
         num_items_in_batch: the divisor, the number of targets if `None`.
 
     Returns:
@@ -59,13 +59,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_sum = logits.logsumexp(-1)
             normalizer = log_sum if normalizer is None else torch.logaddexp(normalizer, log_sum)
             target = picked if target is None else torch.where(inside, picked, target)
-        ctx.save_for_backward(hidden, weight, labels, factor, normalizer)
-        return ((normalizer - target) * factor).sum()
+        losses = normalizer - target
+        ctx.save_for_backward(hidden, weight, labels, factor, normalizer, losses)
+        return (losses * factor).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple:
-        hidden, weight, labels, factor, normalizer = ctx.saved_tensors
+        hidden, weight, labels, factor, normalizer, losses = ctx.saved_tensors
+        grad_factor = losses * grad if ctx.needs_input_grad[3] else None
         factor = (factor.to(normalizer.dtype) * grad)[:, None]
         grad_hidden = torch.zeros_like(hidden, dtype=normalizer.dtype)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -76,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden += grad_logits @ weight[part].to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight[part] = grad_logits.mT @ hidden
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, grad_factor
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple]:
