@@ -4,8 +4,8 @@
 
 generates one block after random prompts, each length in a process of its own, and writes
 benchmarks/results/long_context.json. "peak": memory above the loaded model. "cache": what the cache holds, as README
-says. The exponents are those of a power law fitted to the lengths, without the shortest. Weights are random at the 0.8B
-shapes: neither time nor memory depends on them.
+says. The exponents are those of a power law fitted to the lengths, without the shortest. Weights are random at the
+0.8B shapes: neither time nor memory depends on them.
 """
 
 import json
