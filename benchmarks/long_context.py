@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
+from common import exponent, resident, write_record
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
@@ -51,12 +51,12 @@ def measure(name: str, length: int) -> dict:
     model = ArcLMForDiffusionLM(config).eval()
     ids = torch.randint(0, config.vocab_size - 1, (1, length))
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of the initialisation
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, start = resident("VmRSS"), time.perf_counter()
     new = config.block_size
     output = model.generate(
         ids, max_new_tokens=new, steps=4, do_sample=False, eos_token_id=[], return_dict_in_generate=True
     )
-    peak = memory("VmHWM")
+    peak = resident("VmHWM")
     assert output.sequences.shape == (1, length + new)
     cache = output.past_key_values
     tensors = [*cache.keys, *cache.values, *cache.conv_states, *cache.recurrent_states]
@@ -66,18 +66,6 @@ def measure(name: str, length: int) -> dict:
         "peak_mb": round((peak - before) / MB, 1),
         "cache_mb": round(sum(x.nbytes for x in tensors if x is not None) / MB, 3),
     }
-
-
-def memory(field: str) -> int:
-    """Bytes of resident memory of this process: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def exponent(rows: list[dict], key: str) -> float:
-    """The exponent of length in a power law fitted to `key`, without the shortest length."""
-    lengths, values = np.array([(row["length"], row[key]) for row in rows[1:]]).T
-    return round(float(np.polyfit(np.log(lengths), np.log(values), 1)[0]), 2)
 
 
 def main() -> None:
@@ -93,7 +81,9 @@ def main() -> None:
             command = [sys.executable, __file__, "--model", name, "--length", str(length)]
             rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
             print(name, rows[-1], flush=True)
-        models[name] = {"rows": rows, "exponents": {key: exponent(rows, key) for key in ("seconds", "peak_mb")}}
+        lengths = lengths[1:]
+        exponents = {key: exponent(lengths, [row[key] for row in rows[1:]]) for key in ("seconds", "peak_mb")}
+        models[name] = {"rows": rows, "exponents": exponents}
     record = {
         "what": "One block after a random prompt, batch 1, 4 denoising steps; prefill in pieces of 2,048 tokens.",
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU, float32",
@@ -101,8 +91,7 @@ def main() -> None:
         | {name: version(name) for name in ("torch", "transformers")},
         "models": models,
     }
-    Path(args.output_file).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"Wrote {args.output_file}")
+    write_record(record, args.output_file)
 
 
 if __name__ == "__main__":

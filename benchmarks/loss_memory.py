@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import resident, write_record
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
@@ -48,12 +49,6 @@ class LossMemoryArguments:
     )
 
 
-def memory(field: str) -> int:
-    """Bytes of resident memory of this process: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 def measure(name: str) -> dict:
     """Run forward and backward once in this process, whose peak memory is counted."""
     torch.manual_seed(0)
@@ -61,11 +56,11 @@ def measure(name: str) -> dict:
     weight = (torch.randn(VOCABULARY, HIDDEN) * HIDDEN**-0.5).requires_grad_()
     labels = torch.randint(VOCABULARY, (1, TARGETS))
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of the initialisation
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, start = resident("VmRSS"), time.perf_counter()
     loss = LOSSES[name](hidden, weight, labels)
     loss.backward()
     return {
-        "peak_mb": round((memory("VmHWM") - before) / MB),
+        "peak_mb": round((resident("VmHWM") - before) / MB),
         "gradient_mb": round(weight.grad.nbytes / MB),
         "seconds": round(time.perf_counter() - start, 1),
         "loss": round(loss.item(), 5),
@@ -97,8 +92,7 @@ def main() -> None:
         "plain_over_ours": round(ratio(rows), 1),
         "plain_over_ours_without_gradient": round(ratio(rows, "gradient_mb"), 1),
     }
-    Path(args.output_file).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"Wrote {args.output_file}")
+    write_record(record, args.output_file)
 
 
 if __name__ == "__main__":
