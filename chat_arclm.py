@@ -6,6 +6,7 @@ A line is a message; /help lists the commands. Ctrl-C stops an answer, Ctrl-D or
 """
 
 import json
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -49,13 +50,24 @@ class Draft:
     Fields:
         settled: ids of the finished blocks.
         draft: ids of the block being denoised, mask tokens among them.
+        stopped: whether Ctrl-C was pressed, which ends the answer at the next step.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, live: Live, thinking: bool) -> None:
         self.tokenizer, self.live, self.thinking = tokenizer, live, thinking
         self.settled: list[int] = []
         self.draft: list[int] = []
-        self.is_prompt = True
+        self.is_prompt, self.stopped = True, False
+
+    def stop(self, *_) -> None:
+        """Take Ctrl-C. Raised wherever it comes, a library could swallow it."""
+        self.stopped = True
+
+    def update(self) -> None:
+        """Redraw, or end the answer if it was stopped."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.live.update(self.render())
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, then the tokens of each finished block."""
@@ -63,12 +75,12 @@ class Draft:
             self.settled += value.tolist()
             self.draft = []
         self.is_prompt = False
-        self.live.update(self.render())
+        self.update()
 
     def put_draft(self, value: torch.Tensor) -> None:
         """Take the block after a denoising step."""
         self.draft = value.tolist()
-        self.live.update(self.render())
+        self.update()
 
     def end(self) -> None:
         """Draw the whole answer."""
@@ -146,6 +158,7 @@ class Chat:
         start = time.perf_counter()
         with Live(console=self.console, refresh_per_second=20) as live:
             draft = Draft(self.tokenizer, live, self.think)
+            before = signal.signal(signal.SIGINT, draft.stop)
             try:
                 config = GenerationConfig.from_dict(self.config.to_dict() | {"return_dict_in_generate": True})
                 output = self.model.generate(
@@ -157,6 +170,8 @@ class Chat:
             except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # a knob that does not fit
                 live.console.print(str(error), style="red")
                 return
+            finally:
+                signal.signal(signal.SIGINT, before)
         seconds = time.perf_counter() - start
         thoughts, answer = draft.split(draft.settled)
         self.messages = [*messages, {"role": "assistant", "content": answer, "reasoning_content": thoughts.strip()}]

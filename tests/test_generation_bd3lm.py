@@ -75,6 +75,12 @@ def test_pad_tokens_without_an_attention_mask_are_padding_as_in_transformers():
     )
 
 
+def test_prompts_of_int32_give_the_same_text():
+    model = tiny_model(block_size=4)
+    expected = greedy(model, tokens(2, 7), max_new_tokens=6).sequences
+    assert torch.equal(greedy(model, tokens(2, 7).int(), max_new_tokens=6).sequences, expected)
+
+
 def test_prefill_in_pieces_changes_nothing(monkeypatch):
     model = tiny_model(block_size=4)
     expected = greedy(model, tokens(1, 39), max_new_tokens=8)

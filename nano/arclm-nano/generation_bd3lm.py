@@ -229,8 +229,8 @@ class _Run:
                 f"A prompt of {longest - new} tokens and {new} new ones reach beyond the "
                 f"{model.config.max_position_embeddings} positions of this model. Shorten one of them."
             )
-        width = -(-longest // self.block_size) * self.block_size
-        self.ids = input_ids.new_full((len(self.input_ids), max(width, prompt)), self.mask_token_id)
+        shape = (len(self.input_ids), max(-(-longest // self.block_size) * self.block_size, prompt))
+        self.ids = torch.full(shape, self.mask_token_id, device=input_ids.device)  # int64, whatever the caller's
         self.ids[:, :prompt] = self.input_ids.gather(1, self.order)
         column = torch.arange(self.ids.shape[1], device=input_ids.device)
         self.ids[column >= self.prompt_lengths[:, None]] = self.mask_token_id
