@@ -4,8 +4,8 @@
 
 generates one block after random prompts, each length in a process of its own, and writes
 benchmarks/results/long_context.json. "peak": memory above the loaded model. "cache": what the cache holds, as README
-says. The exponents are those of a power law fitted to the lengths, without the shortest. Weights are random at the
-0.8B shapes: neither time nor memory depends on them.
+says. The exponents are those of a power law fitted to the lengths, without the shortest. All weights are random:
+neither time nor memory depends on them.
 """
 
 import json
@@ -19,17 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from common import exponent, resident, write_record
+from common import MB, RESULTS, cache_bytes, exponent, make_arclm, random_ids, resident, write_record
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from arclm.configuration_arclm import ArcLMConfig
-from arclm.modeling_arclm import ArcLMForDiffusionLM
 
-
-ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = {"nano": [2048, 4096, 8192, 16384, 32768], "0.8b": [512, 1024, 2048, 4096]}
-MB = 10**6
 
 
 @dataclass
@@ -38,33 +33,26 @@ class LongContextArguments:
 
     model: str | None = HfArg(default=None, help="nano or 0.8b: measure this one here, at --length.")
     length: int = HfArg(default=2048, help="Tokens of the prompt.")
-    output_file: str = HfArg(
-        default=str(ROOT / "benchmarks" / "results" / "long_context.json"), help="Result file of all measurements."
-    )
+    output_file: str = HfArg(default=str(RESULTS / "long_context.json"), help="Result file of all measurements.")
 
 
 def measure(name: str, length: int) -> dict:
     """Generate one block after `length` random tokens; in this process, whose peak memory is counted."""
-    torch.manual_seed(0)
-    config = ArcLMConfig.from_pretrained(ROOT / "nano" / "arclm-nano" if name == "nano" else ROOT)
-    config.max_position_embeddings = max(config.max_position_embeddings, length + config.block_size)
-    model = ArcLMForDiffusionLM(config).eval()
-    ids = torch.randint(0, config.vocab_size - 1, (1, length))
+    model = make_arclm(name, "cpu", torch.float32)
+    ids = random_ids(model.config, 1, length, "cpu")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of the initialisation
     before, start = resident("VmRSS"), time.perf_counter()
-    new = config.block_size
+    new = model.config.block_size
     output = model.generate(
         ids, max_new_tokens=new, steps=4, do_sample=False, eos_token_id=[], return_dict_in_generate=True
     )
     peak = resident("VmHWM")
     assert output.sequences.shape == (1, length + new)
-    cache = output.past_key_values
-    tensors = [*cache.keys, *cache.values, *cache.conv_states, *cache.recurrent_states]
     return {
         "length": length,
         "seconds": round(time.perf_counter() - start, 2),
         "peak_mb": round((peak - before) / MB, 1),
-        "cache_mb": round(sum(x.nbytes for x in tensors if x is not None) / MB, 3),
+        "cache_mb": round(cache_bytes(output.past_key_values) / MB, 3),
     }
 
 
