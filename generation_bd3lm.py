@@ -422,7 +422,6 @@ class _Run:
 
     def output(self) -> BD3LMGenerateOutput:
         column = torch.arange(self.ids.shape[1], device=self.ids.device)
-        self.flush()
         generated = (self.was_masked & (column < self.ends[:, None])).sum(1)
         if self.cache is not None and self.cache.lengths is not None and (self.cache.lengths > self.ends).any():
             self.cache = None  # a row was committed before its criterion was asked

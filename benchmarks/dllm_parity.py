@@ -10,15 +10,12 @@ weights, temperature 0, the static strategy. Writes benchmarks/results/dllm_pari
 import itertools
 import json
 import platform
-import subprocess
-import sys
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+from common import load_dllm, versions
 from transformers import HfArgumentParser, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.hf_argparser import HfArg
 
@@ -50,14 +47,6 @@ class ParityArguments:
 
     dllm: str = HfArg(help="Directory of a dLLM checkout.")
     output_file: str = HfArg(default=str(ROOT / "benchmarks" / "results" / "dllm_parity.json"), help="Result file.")
-
-
-def load_peer(checkout: Path) -> ModuleType:
-    """Import dLLM's sampler alone: the package's own __init__ files ask for its trainers and evaluation harness."""
-    for name in ("dllm", "dllm.core"):
-        package = sys.modules[name] = ModuleType(name)
-        package.__path__ = [str(checkout / name.replace(".", "/"))]
-    return import_module("dllm.core.samplers.bd3lm")
 
 
 def compare(peer: ModuleType, block_size: int, steps: int, shift: bool, seed: int) -> bool:
@@ -99,22 +88,16 @@ class Masked:
 def main() -> None:
     """Compare over block sizes, steps that divide the block and that do not, both shifts, three seeds."""
     args = HfArgumentParser(ParityArguments).parse_args_into_dataclasses()[0]
-    checkout = Path(args.dllm)
-    if not (checkout / "dllm" / "core" / "samplers" / "bd3lm.py").is_file():
-        sys.exit(f"dllm_parity.py: {checkout} is no checkout of dLLM, dllm/core/samplers/bd3lm.py is not there.")
-    peer, rows = load_peer(checkout), []
+    peer, rows = load_dllm(args.dllm, "dllm.core.samplers.bd3lm"), []
     for block_size, steps, shift in itertools.product((4, 16, 64), (1, 3, 4, 10, 16, 25, 64), (False, True)):
         if steps <= block_size:
             equal = sum(compare(peer, block_size, steps, shift, seed) for seed in range(3))
             rows.append({"block_size": block_size, "steps": steps, "shifted": shift, "equal": equal, "runs": 3})
             print(rows[-1], flush=True)
-    commit = subprocess.run(
-        ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     record = {
         "what": "runs in which every token equals that of dLLM's BD3LMSampler; 2 rows, 2 blocks of prompt, 3 new ones",
         "hardware": f"CPU, {platform.machine()}, float32",
-        "versions": {name: version(name) for name in ("torch", "transformers")} | {"dllm": commit or "unknown"},
+        "versions": versions(args.dllm),
         "equal": sum(row["equal"] for row in rows),
         "runs": sum(row["runs"] for row in rows),
         "rows": rows,

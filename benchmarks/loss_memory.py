@@ -19,16 +19,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import resident, write_record
+from common import MB, RESULTS, resident, write_record
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from arclm.linear_cross_entropy import linear_cross_entropy
 
 
-ROOT = Path(__file__).resolve().parents[1]
 TARGETS, HIDDEN, VOCABULARY = 2048, 1024, 248320
-MB = 10**6
 
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -44,9 +42,7 @@ class LossMemoryArguments:
     """What to measure."""
 
     loss: str | None = HfArg(default=None, help="Measure this one here: linear_cross_entropy or plain.")
-    output_file: str = HfArg(
-        default=str(ROOT / "benchmarks" / "results" / "loss_memory.json"), help="Result file of both."
-    )
+    output_file: str = HfArg(default=str(RESULTS / "loss_memory.json"), help="Result file of both.")
 
 
 def measure(name: str) -> dict:

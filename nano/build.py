@@ -86,6 +86,8 @@ def build(args: BuildArguments) -> None:
         | {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers")},
     }
     (ROOT / trained / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for name in ("training.md", "training.png"):  # about one of the two runs; training.json tells of both
+        (ROOT / trained / name).unlink()
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     (ROOT / trained).rename(output_dir)
 

@@ -65,6 +65,18 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, MASK, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def noisy(x_0: torch.Tensor, seed: int = 5) -> torch.Tensor:
+    """Return a copy with about half of the tokens masked."""
+    return x_0.masked_fill(torch.rand(x_0.shape, generator=torch.Generator().manual_seed(seed)) < 0.5, MASK)
+
+
+@pytest.fixture
+def no_grad():
+    """Run a test without gradients."""
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def nan_filled_empty_tensors(monkeypatch):
     """Fill torch.empty with NaN, so that uninitialised memory cannot pass for a zero."""

@@ -42,3 +42,8 @@ def blockwise_logits(model, x_0: torch.Tensor, x_t: torch.Tensor) -> torch.Tenso
         if start + block_size < x_0.shape[1]:
             cache = model(x_0[:, block], past_key_values=cache, use_cache=True).past_key_values
     return torch.cat(logits, 1)
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference."""
+    return float((a - b).abs().max())

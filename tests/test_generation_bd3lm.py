@@ -354,6 +354,13 @@ def test_a_block_that_needs_no_step_is_committed_all_the_same():
     assert output.sequences[0, 2:].tolist() == [12, *tokens(1, 9)[0, 3:].tolist(), 11, 12, 13]
     assert output.past_key_values.row_token_ids(0).tolist() == output.sequences[0, :8].tolist()
 
+    # the same one block later, over a cache: the commit of block 1 waited for a step of block 2
+    model = scripted([10, 11, 12, 13])
+    prompt = tokens(1, 13).index_fill(1, torch.tensor([6]), MASK)
+    output = greedy(model, prompt, max_new_tokens=3)
+    assert model.calls == ["commit", "denoise", "commit", "commit and denoise", "denoise", "denoise"]
+    assert output.past_key_values.row_token_ids(0).tolist() == output.sequences[0, :12].tolist()
+
 
 # Progress, on many inputs
 

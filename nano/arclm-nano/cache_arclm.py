@@ -95,7 +95,9 @@ class CacheAccess(NamedTuple):
         joined = []
         for kept, new in ((self.cache.keys, key), (self.cache.values, value)):
             context = kept[layer_idx]
-            whole = append(context, torch.cat((new[:, :, self.num_noisy :], new[:, :, : self.num_noisy]), 2))
+            if 0 < self.num_noisy < new.shape[2]:
+                new = torch.cat((new[:, :, self.num_noisy :], new[:, :, : self.num_noisy]), 2)
+            whole = append(context, new)
             if self.commit:
                 kept[layer_idx] = whole[:, :, : whole.shape[2] - self.num_noisy]
             elif context is not None and not whole.requires_grad:  # the same columns, which may have got room

@@ -16,8 +16,13 @@ KNOBS = {
     "confidence_threshold": 0.9,
     "entropy_bound": 0.1,
 }
-KINDS = {"block_size": Integral, "steps": Integral, "max_denoising_steps": Integral}
-KINDS |= {"confidence_threshold": Real, "entropy_bound": Real}
+KINDS = {
+    "block_size": Integral,
+    "steps": Integral,
+    "max_denoising_steps": Integral,
+    "confidence_threshold": Real,
+    "entropy_bound": Real,
+}
 REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entropy_bound", "sequential", "random")
 DEFAULT_MAX_NEW_TOKENS = 256
 
