@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.hf_argparser import HfArg
 
 from arclm.data_bd3lm import IGNORE, InputError, collate, load_samples, read_rows
-from arclm.train_bd3lm import T_MIN, draw_uniforms, sample_t
+from arclm.noise_bd3lm import T_MIN, draw_uniforms, sample_t
 
 
 def draw_masks(labels: LongTensor, block_size: int, key: tuple[int, int], rows: list[int]) -> tuple[Tensor, Tensor]:

@@ -40,15 +40,16 @@ class RateBuckets:
     def __init__(self):
         self.sums = torch.zeros(2, NUM_BUCKETS)  # cross-entropy, tokens
 
-    def watch(self, loss_weights: Tensor, is_masked: Tensor, scale: Tensor | float) -> None:
+    def watch(self, loss_weights: Tensor, masking_rate: Tensor, is_masked: Tensor, scale: Tensor | float) -> None:
         """Count the tokens of a micro-batch when its backward pass comes.
 
         Args:
-            loss_weights: [B, T] float, 1 / t; from here on it requires a gradient.
+            loss_weights: [B, T] float; from here on it requires a gradient.
+            masking_rate: [B, T] float in (0, 1].
             is_masked: [B, T] bool.
             scale: what the sum of weighted cross-entropies is multiplied by to get the loss.
         """
-        bucket = (NUM_BUCKETS / loss_weights.flatten()).long().clamp(max=NUM_BUCKETS - 1)
+        bucket = (NUM_BUCKETS * masking_rate.flatten()).long().clamp(max=NUM_BUCKETS - 1)
 
         def count(gradient: Tensor | None) -> None:
             if gradient is None:  # the code beside some weights does not give it

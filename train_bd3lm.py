@@ -5,9 +5,9 @@
     python train_bd3lm.py --model_name_or_path DIR --dataset_name ORG/NAME --output_dir OUT
 
 `data_bd3lm.py` makes one sample of every assistant turn: the chat before it, which is never masked, and the response.
-`BD3LMTrainer.compute_loss` draws the noise, `logging_bd3lm.py` shows how it goes. A run that was killed goes on from
-its last checkpoint by the same command with `--resume_from_checkpoint` (`checkpoints_bd3lm.py`). The file reads in
-this order: noise, trainer, main.
+`BD3LMTrainer.compute_loss` adds the noise of `noise_bd3lm.py`, `logging_bd3lm.py` shows how it goes. A run that was
+killed goes on from its last checkpoint by the same command with `--resume_from_checkpoint` (`checkpoints_bd3lm.py`).
+The file reads in this order: trainer, main.
 """
 
 import shutil
@@ -16,14 +16,14 @@ import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
+from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import LongTensor, Tensor
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import (
     AutoConfig,
@@ -50,102 +50,12 @@ from arclm.checkpoints_bd3lm import (
     original_class,
     saving,
 )
-from arclm.data_bd3lm import IGNORE, InputError, collate, load_samples, print_table, read_rows
+from arclm.data_bd3lm import IGNORE, InputError, Rows, collate, load_samples, print_table, read_rows
 from arclm.logging_bd3lm import ProgressBar, RateBuckets, ShowAnswers, memory_gib, write_card
+from arclm.noise_bd3lm import NOISE_SCHEDULES, make_loss_inputs
 
 
 logger = logging.get_logger(__name__)
-
-T_MIN = 1e-3  # bounds the loss weight 1 / t by 1,000, as in MDLM; the share of the NELBO from t below it is left out
-GOLDEN_RATIO = (5**0.5 - 1) / 2
-
-
-# ---- Noise
-
-
-def draw_uniforms(key: tuple[int, int], rows: list[int], num_blocks: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """Draw the random numbers of a batch; those of a row depend on nothing but `key` and the number of the row.
-
-    So neither the other rows, padding, the number of processes nor a resume changes what is masked.
-
-    Args:
-        key: seed of the run and optimizer step, both >= 0.
-        rows: B numbers >= 0, each unique within the step.
-        num_blocks: N, blocks of a row.
-        block_size: L, tokens of a block.
-
-    Returns:
-        offset [B] in [0, 1), low-discrepancy over consecutive rows, and uniforms [B, N, 1 + L] in [0, 1): for each
-        block one number that ranks it, then one for each of its tokens.
-    """
-    start = np.random.default_rng(key).random()
-    offset = torch.tensor([(start + row * GOLDEN_RATIO) % 1.0 for row in rows])
-    # row + 1: a key that ends in 0 is the same key without it
-    generators = [np.random.default_rng((*key, row + 1)) for row in rows]
-    uniforms = np.stack([g.random((num_blocks, 1 + block_size), dtype=np.float32) for g in generators])
-    return offset, torch.from_numpy(uniforms)
-
-
-def sample_t(offset: Tensor, uniforms: Tensor, has_response: Tensor) -> Tensor:
-    """Draw the masking rate of every block, each by itself uniform, together stratified.
-
-    The K blocks of a row that hold response tokens get one rate in each of K equal parts of (T_MIN, 1], in random
-    order. The place inside the part is the row's offset, so rows of a single block are stratified as well.
-
-    Args:
-        offset: [B] in [0, 1).
-        uniforms: [B, N] in [0, 1), ranks the blocks of a row.
-        has_response: [B, N] bool, True where the block has a token that can be masked.
-
-    Returns:
-        t: [B, N] masking rates in [T_MIN, 1]; 1 for a block without response.
-    """
-    rank = uniforms.masked_fill(~has_response, torch.inf).argsort(-1).argsort(-1)  # [B, N], 0 to K - 1 with response
-    num_parts = has_response.sum(-1, keepdim=True).clamp(min=1)
-    t = 1 - (1 - T_MIN) * (rank + offset[:, None]) / num_parts
-    return t.masked_fill(~has_response, 1.0)
-
-
-def mask_tokens(x_0: LongTensor, t: Tensor, uniforms: Tensor, is_maskable: Tensor, mask_token_id: int) -> LongTensor:
-    """Draw the noisy stream x_t from q(x_t | x_0): mask each maskable token of block n with probability t[n].
-
-    Absorbing process with the linear schedule (BD3-LM, arXiv:2503.09573), so the masking rate is t itself.
-
-    Args:
-        x_0: [B, T] clean token ids; no maskable one equals `mask_token_id`.
-        t: [B, N] masking rate of each block, in (0, 1].
-        uniforms: [B, N, L] in [0, 1), one for each token; N * L = T.
-        is_maskable: [B, T] bool, True for response tokens. Prompt and padding are never masked.
-        mask_token_id: id that replaces a masked token.
-    """
-    return x_0.masked_fill((uniforms < t[..., None]).flatten(1) & is_maskable, mask_token_id)
-
-
-def make_loss_inputs(
-    x_0: LongTensor, labels: LongTensor, config: Config, key: tuple[int, int], rows: list[int]
-) -> dict[str, Tensor]:
-    """Noise a batch and weight its loss: sum(loss_weights * CE) estimates the NELBO of the response tokens.
-
-    Takes clean token ids [B, T], T a multiple of `config.block_size`; labels [B, T], all response tokens and -100
-    elsewhere; for `key` and `rows` see `draw_uniforms`. Returns what the model's forward takes, [B, T] each:
-    noisy_input_ids; labels, -100 where not masked; loss_weights, 1 / t of the block.
-    """
-    tokens, block_size = x_0.shape[1], config.block_size
-    if tokens % block_size:
-        raise ValueError(
-            f"x_0 has {tokens} tokens, not a multiple of block_size={block_size}. "
-            f"Pad it to {-(-tokens // block_size) * block_size}."
-        )
-    is_response = labels != IGNORE
-    offset, uniforms = (u.to(x_0.device) for u in draw_uniforms(key, rows, tokens // block_size, block_size))
-    t = sample_t(offset, uniforms[..., 0], is_response.unflatten(1, (-1, block_size)).any(-1))
-    x_t = mask_tokens(x_0, t, uniforms[..., 1:], is_response, config.mask_token_id)
-    return {
-        "noisy_input_ids": x_t,
-        "labels": labels.masked_fill(x_t != config.mask_token_id, IGNORE),
-        "loss_weights": (1 / t).repeat_interleave(block_size, dim=-1),
-    }
-
 
 # ---- Trainer
 
@@ -157,12 +67,15 @@ class BD3LMTrainer(Trainer):
        accumulation and processes. `compute_loss` then draws the noise and leaves only masked tokens as labels.
     2. Noise is keyed by seed, optimizer step and place in that step, and the order of the rows by seed and epoch:
        batch 8 x 1 or 2 x 4, one process or two, resumed or not, the same rows get the same noise.
-    3. Evaluation has fixed masks, and `eval_loss` is the sum over the set / its response tokens, exact in one process.
+    3. Evaluation has fixed masks of the linear schedule, and `eval_loss` is the sum over the set / its response
+       tokens, exact in one process.
     4. Beside the loss it logs the cross-entropy of masked tokens by masking rate, and memory.
     5. It stops before a step that would make the weights NaN; of checkpoints that fail nothing is left.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, noise_schedule: str = "linear", **kwargs):
+        if noise_schedule not in NOISE_SCHEDULES:
+            raise InputError(f'noise_schedule="{noise_schedule}" is unknown. Choose {" or ".join(NOISE_SCHEDULES)}.')
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise InputError(
@@ -170,6 +83,7 @@ class BD3LMTrainer(Trainer):
                 f"each, torchrun --nproc_per_node {self.args.n_gpu} train_bd3lm.py, or hide the others with "
                 "CUDA_VISIBLE_DEVICES=0."
             )
+        self.noise_schedule = noise_schedule
         self.buckets = RateBuckets()
         self.step_rows, self.step_losses = [], []  # of this process, one per micro-batch
         self.add_callback(StopBeforeNaN(self))
@@ -200,15 +114,22 @@ class BD3LMTrainer(Trainer):
         **kwargs,
     ) -> Any:
         """Draw the noise of a micro-batch and let the model compute its share of the loss."""
-        # one key for every evaluation, so that runs with other seeds compare
-        key = (self.args.seed, self.state.global_step) if model.training else (0, 0)
-        x_0, rows = inputs["input_ids"], inputs["row"].tolist()
-        noise = make_loss_inputs(x_0, inputs["labels"], self.model.config, key, rows)
+        inputs = self.add_noise(inputs, model.training)
+        masking_rate = inputs.pop("masking_rate")
         if model.training:
             scale = self.args.world_size if self.args.average_tokens_across_devices else 1
-            self.buckets.watch(noise["loss_weights"], noise["labels"] != IGNORE, scale / num_items_in_batch)
-        inputs = {"input_ids": x_0, "attention_mask": inputs["attention_mask"], **noise}
+            is_masked = inputs["labels"] != IGNORE
+            self.buckets.watch(inputs["loss_weights"], masking_rate, is_masked, scale / num_items_in_batch)
         return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    def add_noise(self, batch: dict[str, Tensor], is_training: bool) -> dict[str, Tensor]:
+        """Return what the model's forward takes for a batch of `collate`, and the masking_rate of its tokens."""
+        # one key and one schedule for every evaluation, so that runs with others compare
+        key = (self.args.seed, self.state.global_step) if is_training else (0, 0)
+        schedule = self.noise_schedule if is_training else "linear"
+        x_0, rows = batch["input_ids"], batch["row"].tolist()
+        noise = make_loss_inputs(x_0, batch["labels"], self.model.config, key, rows, schedule)
+        return {"input_ids": x_0, "attention_mask": batch["attention_mask"], **noise}
 
     def training_step(self, *args, **kwargs) -> Tensor:
         """Remember the losses of the step, for the case that one is not finite."""
@@ -235,6 +156,12 @@ class BD3LMTrainer(Trainer):
         except TrainingError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push as the parent, which leaves out the code of the model."""
+        for file in Path(checkpoint_folder).glob("*.py"):
+            shutil.copy(file, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save as the parent; gathered from FSDP2, tied weights come twice and the model has another class."""
@@ -297,7 +224,13 @@ class DataArguments:
     )
     dataset_split: str = HfArg(default="train", help="Split of dataset_name, or a slice such as train[:5000].")
     eval_file: str | None = HfArg(default=None, help="JSONL to measure at the end, and when eval_strategy says.")
+    eval_rows: int = HfArg(default=0, help="In place of eval_file, how many rows of every data set to keep for that.")
     max_length: int = HfArg(default=2048, help="Tokens after which a sample is cut, at least a block.")
+    noise_schedule: Literal["linear", "cosine", "clipped"] = HfArg(
+        default="linear",
+        help="Which masking rates are drawn: all alike, light ones more often, or those in [0.3, 0.8] alone, for "
+        "blocks of about 16; there the training loss is no NELBO. Held-out figures are always linear.",
+    )
     lora_rank: int = HfArg(default=0, help="Train a LoRA adapter of this rank on all linear layers; 0: all weights.")
     answer_steps: int = HfArg(default=500, help="Print answers to two prompts every so many steps; 0: never.")
 
@@ -386,6 +319,30 @@ def save_result(trainer: BD3LMTrainer, name: str) -> None:
         trainer.processing_class.save_pretrained(folder)
 
 
+def push(trainer: BD3LMTrainer) -> None:
+    """Upload the finished output_dir; the parent's `push_to_hub` would first write float32 weights over it."""
+    trainer._finish_current_push()
+    args, repo = trainer.args, trainer.hub_model_id
+    options = {"commit_message": "End of training", "token": args.hub_token, "revision": args.hub_revision}
+    ignored = ["_*", "checkpoint-*", "training_args.bin"]  # the last one is a pickle
+    try:
+        HfApi().upload_folder(repo_id=repo, folder_path=args.output_dir, ignore_patterns=ignored, **options)
+    except OSError as error:
+        advice = f"Log in with `hf auth login`, then run `hf upload {repo} {args.output_dir}`."
+        raise TrainingError(f"{args.output_dir} is complete, but its upload failed ({error}). {advice}") from error
+
+
+def hold_out(data: Rows, count: int) -> tuple[Rows, Rows]:
+    """Split a set into the rows to train on and `count` others, evenly spaced, the same in every run."""
+    total = len(data.rows)
+    if not 0 < count < total:
+        raise InputError(f"--eval_rows {count} is outside [1, {total - 1}]: {data.name} has {total} rows.")
+    kept = {i * total // count for i in range(count)}
+    parts = ([i for i in range(total) if i not in kept], sorted(kept))
+    train, held_out = (data._replace(rows=data.rows.select(part)) for part in parts)
+    return train, held_out._replace(name=f"{data.name}, held out")
+
+
 def load_data(
     data_args: DataArguments, args: TrainingArguments, tokenizer: Tokenizer, config: Config
 ) -> tuple[dict[str, Dataset], list[dict[str, Any]]]:
@@ -395,7 +352,12 @@ def load_data(
     with args.main_process_first(desc="reading the data"):
         sets = {"train": read_rows(data_args.train_file, data_args.dataset_name, data_args.dataset_split)}
         if data_args.eval_file is not None:
+            if data_args.eval_rows:
+                raise InputError("--eval_file and --eval_rows were given. Give one of them.")
             sets["eval"] = read_rows(data_args.eval_file, None, "")
+        elif data_args.eval_rows:
+            pairs = [hold_out(data, data_args.eval_rows) for data in sets["train"]]
+            sets["train"], sets["eval"] = (list(part) for part in zip(*pairs, strict=True))
         for part, rows in sets.items():
             samples[part], lines = load_samples(rows, tokenizer, config, max_length=data_args.max_length)
             counts += lines
@@ -421,6 +383,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=samples.get("eval"),
         processing_class=tokenizer,
         data_collator=collate,
+        noise_schedule=data_args.noise_schedule,
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -436,6 +399,8 @@ def main(argv: list[str] | None = None) -> None:
     save_result(trainer, data_args.model_name_or_path)
     if trainer.is_world_process_zero():
         write_card(trainer, counts, ["python", *(sys.argv if argv is None else ["train_bd3lm.py", *argv])])
+        if args.push_to_hub:
+            push(trainer)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -39,10 +40,12 @@ from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 from one_scan import DroppedStateForDiffusionLM, OneScanForDiffusionLM
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.hf_argparser import HfArg
 
 from arclm import train_bd3lm as bd3lm
@@ -97,20 +100,27 @@ class NelboCurve(TrainerCallback):
     """Measures the NELBO per answer token in several views, every `eval_steps` steps.
 
     Fields:
-        rows: {"step": int, name of the view: nats} for each measurement.
+        rows: {"step": int, "train_seconds": of this process, measuring left out, name of the view: nats} for each
+            measurement.
     """
 
     def __init__(self, views: dict[str, type], samples, eval_steps: int):
         self.views, self.samples, self.eval_steps, self.rows = views, samples, eval_steps, []
+        self.start = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.process_time()
 
     def on_step_end(self, args, state, control, model, **kwargs):
         if state.global_step % self.eval_steps == 0:
-            row = {"step": state.global_step}
+            now = time.process_time()
+            row = {"step": state.global_step, "train_seconds": round(now - self.start, 1)}
             for name, cls in self.views.items():
                 trainer = bd3lm.BD3LMTrainer(model=view_of(model, cls), args=args, data_collator=collate)
                 row[name] = trainer.evaluate(self.samples)["eval_loss"]
             self.rows.append(row)
             print(row, flush=True)
+            self.start += time.process_time() - now
 
 
 def train_options(args: AblationArguments, seed: int) -> list[str]:
@@ -119,7 +129,7 @@ def train_options(args: AblationArguments, seed: int) -> list[str]:
         f"--seed {seed} --max_steps {args.max_steps} --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 50"
         " --max_grad_norm 1.0 --per_device_train_batch_size 16 --gradient_accumulation_steps 1"
         " --per_device_eval_batch_size 32 --gradient_checkpointing false --use_cpu true --report_to none"
-        " --logging_steps 50 --disable_tqdm true"
+        " --logging_steps 50 --save_strategy no --disable_tqdm true"
     )
     paths = {
         "--model_name_or_path": "converted",
@@ -130,35 +140,60 @@ def train_options(args: AblationArguments, seed: int) -> list[str]:
     return [*line.split(), *(part for key, name in paths.items() for part in (key, f"{args.work_dir}/{name}"))]
 
 
+def train(
+    options: list[str],
+    cls: type[ArcLMForDiffusionLM],
+    views: dict[str, type],
+    args: AblationArguments,
+    make_trainer: Callable[..., bd3lm.BD3LMTrainer] = bd3lm.BD3LMTrainer,
+    **config,
+) -> tuple[bd3lm.BD3LMTrainer, NelboCurve]:
+    """Train the converted model, loaded as `cls` with fields of its configuration changed, on one thread."""
+    torch.set_num_threads(1)
+    data_args, train_args = bd3lm.parse_args(options)
+    tokenizer = AutoTokenizer.from_pretrained(data_args.model_name_or_path)
+    model = cls.from_pretrained(data_args.model_name_or_path, dtype=torch.float32, **config)
+    samples, _ = bd3lm.load_data(data_args, train_args, tokenizer, model.config)
+    curve = NelboCurve(views, samples["eval"].sort("length"), args.eval_steps)
+    trainer = make_trainer(
+        model=model,
+        args=train_args,
+        train_dataset=samples["train"],
+        processing_class=tokenizer,
+        data_collator=collate,
+        callbacks=[curve],
+    )
+    trainer.train()
+    return trainer, curve
+
+
+def earlier_result(file: Path, args: AblationArguments) -> dict | None:
+    """Return what an earlier call wrote, if it did."""
+    if not file.exists():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if record["settings"] != args.settings():
+        raise ValueError(f"{file} was made with {record['settings']}. Use these, or another work_dir.")
+    return record
+
+
+def exact_match(model: ArcLMForDiffusionLM, tokenizer: Tokenizer, args: AblationArguments) -> dict[str, dict]:
+    """Return the exact match on held-out tasks by tokens per step."""
+    tasks = tasks_per_family("test", EXACT_MATCH_SEED, args.tasks_per_family)
+    knobs = {key: value for key, value in decodings(model.config.block_size).items() if key != "dynamic"}
+    return {key: accuracies(evaluate(model, tokenizer, tasks, **value)) for key, value in knobs.items()}
+
+
 def run(trained: str, seed: int, args: AblationArguments) -> dict:
     """Train one model and measure it; take the result of an earlier call where there is one."""
     file = Path(args.work_dir, f"{trained.replace(' ', '_')}-{seed}.json")
-    if file.exists():
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if record["settings"] != args.settings():
-            raise ValueError(f"{file} was made with {record['settings']}. Use these, or another work_dir.")
+    if record := earlier_result(file, args):
         return record
-    torch.set_num_threads(1)
     start = time.perf_counter()
-    data_args, train_args = bd3lm.parse_args(train_options(args, seed))
-    tokenizer = AutoTokenizer.from_pretrained(data_args.model_name_or_path)
-    model = TRAINED[trained].from_pretrained(data_args.model_name_or_path, dtype=torch.float32)
-    samples, _ = bd3lm.load_data(data_args, train_args, tokenizer, model.config)
-    curve = NelboCurve(VIEWS[trained], samples["eval"].sort("length"), args.eval_steps)
-    trainer = bd3lm.BD3LMTrainer(
-        model=model, args=train_args, train_dataset=samples["train"], data_collator=collate, callbacks=[curve]
-    )
-    trainer.train()
+    trainer, curve = train(train_options(args, seed), TRAINED[trained], VIEWS[trained], args)
     train_seconds = time.perf_counter() - start
-
-    tasks = tasks_per_family("test", EXACT_MATCH_SEED, args.tasks_per_family)
-    exact_match = {}
-    for name, cls in SAMPLED.items():
-        view = view_of(model, cls)
-        knobs = {key: value for key, value in decodings(model.config.block_size).items() if key != "dynamic"}
-        exact_match[name] = {
-            key: accuracies(evaluate(view, tokenizer, tasks, **value)) for key, value in knobs.items()
-        }
+    views = {name: view_of(trainer.model, cls) for name, cls in SAMPLED.items()}
+    matches = {name: exact_match(view, trainer.processing_class, args) for name, view in views.items()}
     record = {
         "trained": trained,
         "seed": seed,
@@ -167,7 +202,7 @@ def run(trained: str, seed: int, args: AblationArguments) -> dict:
         "seconds": round(time.perf_counter() - start),
         "loss": [row for row in trainer.state.log_history if "loss" in row],
         "nelbo": curve.rows,
-        "exact_match": exact_match,
+        "exact_match": matches,
     }
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
@@ -266,26 +301,39 @@ def plot(rows: list[dict], parent: dict[str, float], file: Path) -> None:
     for row in rows:
         look = {"color": colors[row["trained"]], "linestyle": styles[row["read"]], "marker": "o", "markersize": 4}
         label = f"{row['trained']}, {row['read']}"
-        steps = [int(step) for step in row["nelbo"]]
-        curve = list(row["nelbo"].values())
-        left.plot(steps, [cell["mean"] for cell in curve], label=label, **look)
-        low, high = ([bound(cell["values"]) for cell in curve] for bound in (min, max))
-        left.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        draw_nelbo(left, [int(step) for step in row["nelbo"]], list(row["nelbo"].values()), label=label, **look)
         if "exact_match" in row:
-            cells = [cell["all"] for cell in row["exact_match"].values()]
-            means = [100 * cell["mean"] for cell in cells]
-            bars = [
-                [m - 100 * min(cell["values"]) for m, cell in zip(means, cells, strict=True)],
-                [100 * max(cell["values"]) - m for m, cell in zip(means, cells, strict=True)],
-            ]
-            right.errorbar([int(tokens) for tokens in row["exact_match"]], means, bars, capsize=3, label=label, **look)
+            draw_exact_match(right, row["exact_match"], label=label, **look)
+    label_axes(left, right, parent)
+    figure.savefig(file, dpi=120)
+
+
+def draw_nelbo(axes: Axes, x: list[float], cells: list[dict], *, color: str, **look) -> None:
+    """Draw the mean over the seeds, and a band from the lowest to the highest."""
+    axes.plot(x, [cell["mean"] for cell in cells], color=color, **look)
+    low, high = ([bound(cell["values"]) for cell in cells] for bound in (min, max))
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def draw_exact_match(axes: Axes, by_tokens: dict[str, dict], **look) -> None:
+    """Draw the mean over the seeds, and a bar from the lowest to the highest."""
+    cells = [cell["all"] for cell in by_tokens.values()]
+    means = [100 * cell["mean"] for cell in cells]
+    bars = [
+        [m - 100 * min(cell["values"]) for m, cell in zip(means, cells, strict=True)],
+        [100 * max(cell["values"]) - m for m, cell in zip(means, cells, strict=True)],
+    ]
+    axes.errorbar([int(tokens) for tokens in by_tokens], means, bars, capsize=3, **look)
+
+
+def label_axes(left: Axes, right: Axes, parent: dict[str, float]) -> None:
+    """Name what the NELBO on the left and the exact match on the right are drawn against."""
     right.axhline(100 * parent["all"], color="gray", linewidth=1, label="parent, token by token")
     left.set(xlabel="training steps", ylabel="NELBO (nats per answer token)", yscale="log", title="NELBO")
     right.set(xlabel="tokens per step", xticks=[1, 2, 4], ylabel="exact match (%)", ylim=(0, 100), title="Exact match")
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
-    figure.savefig(file, dpi=120)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ class Scripted(ArcLMForDiffusionLM):
         self.scores = torch.tensor(confidence)
         return self
 
-    def forward(self, input_ids=None, noisy_input_ids=None, past_key_values=None, **kwargs):
+    def forward(self, input_ids=None, noisy_input_ids=None, past_key_values=None, logits_to_keep=0, **kwargs):
         names = {"commit": input_ids, "denoise": noisy_input_ids}
         self.calls.append(" and ".join(name for name, ids in names.items() if ids is not None))
         output = super().forward(input_ids, noisy_input_ids=noisy_input_ids, past_key_values=past_key_values, **kwargs)
@@ -30,7 +30,7 @@ class Scripted(ArcLMForDiffusionLM):
             for i in range(block):
                 token = self.text[(start + i) % len(self.text)]
                 logits[row, i, token] = self.scores[(start + i) % len(self.scores)]
-        return ArcLMOutput(logits=logits, past_key_values=output.past_key_values)
+        return ArcLMOutput(logits=logits[logits_to_keep], past_key_values=output.past_key_values)
 
 
 def scripted(text: list[int], confidence: tuple = (9.0,), **changes) -> Scripted:

@@ -316,6 +316,8 @@ def test_logits_to_keep_and_tuple_output():
     x = tokens(2, 21)
     logits = model(x).logits
     assert torch.equal(model(x, logits_to_keep=3).logits, logits[:, -3:])
+    chosen = x % 3 == 0
+    assert error(model(x, logits_to_keep=chosen).logits, logits[chosen]) < 1e-6
     assert torch.equal(model(x, return_dict=False)[0], logits)
     assert len(model(x, output_hidden_states=True).hidden_states) == 6
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, StoppingCriteriaList
 
-from arclm.sampling_bd3lm import REMASKING_STRATEGIES, accept_tokens, static_schedule
+from arclm.sampling_bd3lm import REMASKING_STRATEGIES, accept_tokens, draw, static_schedule
 
 
 @settings(max_examples=200, deadline=None)
@@ -134,3 +134,18 @@ def test_logits_that_are_not_finite_are_not_sampled_from():
 def test_a_missing_mask_token_id_is_named():
     with pytest.raises(ValueError, match=r"mask_token_id is missing from config\.json"):
         tiny_model(mask_token_id=None).generate(tokens(1, 8))
+
+
+def test_draws_follow_the_probabilities_and_never_take_an_impossible_token():
+    torch.manual_seed(0)
+    probs = torch.tensor([0.0, 0.1, 0.0, 0.25, 0.65, 0.0]).repeat(20_000, 1)
+    counts = draw(probs).flatten().bincount(minlength=6)
+    assert counts[[0, 2, 5]].tolist() == [0, 0, 0]
+    expected = 20_000 * probs[0][[1, 3, 4]]
+    assert ((counts[[1, 3, 4]] - expected) ** 2 / expected).sum() < 13.8  # chi-square, 2 degrees of freedom, 0.1 %
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
+def test_draws_at_both_ends_of_the_random_numbers(number, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape: torch.full(shape, number))
+    assert draw(torch.tensor([[0.0, 0.5, 0.5, 0.0]])).item() == (2 if number == 0 else 1)

