@@ -373,7 +373,7 @@ def generation_config(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Ge
     """Return the defaults of `generate`; `GenerationConfig.update` takes keywords for the names in it only."""
     vocab = tokenizer.get_vocab()
     ends = [vocab[token] for token in ("<|im_end|>", "<|endoftext|>") if token in vocab] or tokenizer.eos_token_id
-    knobs = KNOBS | {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, "do_sample": True, "temperature": 0.6}
+    knobs = KNOBS | {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, "do_sample": True, "temperature": 0.6, "top_k": 0}
     knobs |= {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
     unused = {*range(vocab_size)} - {*vocab.values()}  # rows of the embedding without a token
     return GenerationConfig(**knobs, suppress_tokens=sorted(unused) or None)

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .kernels_arclm import affine_scan, fla_gated_delta_rule, use_affine_scan, use_fla
+
 
 CHUNK_SIZE = 64
 
@@ -64,6 +66,8 @@ def gated_delta_rule(
         without `need_final`; the N = ceil(T / block_size) states before each block [B, N, H, K, Vd], `None` without
         `block_size`.
     """
+    if block_size is None and use_fla(inputs, initial_state):
+        return fla_gated_delta_rule(inputs, initial_state, need_final=need_final)
     # autocast, as the Trainer's bf16, would round every product, and generation, without it, none
     with torch.autocast(inputs.v.device.type, enabled=False):
         return _gated_delta_rule(inputs, initial_state, block_size, need_final)
@@ -81,7 +85,7 @@ def _gated_delta_rule(
         final = chunk.next_state(start, v_new)[:, 0] if need_final else None
     else:
         states, v_new = _scan_chunks(chunk, state)
-        start, final = states[:, :-1], states[:, -1]
+        start, final = states[:, :-1], states[:, -1] if need_final else None
     output = chunk.to_tokens(chunk.read(start, v_new), inputs.v)
     boundary_states = None
     if block_size is not None:
@@ -211,21 +215,29 @@ class AffineScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, transition: torch.Tensor, update: torch.Tensor, initial_state: torch.Tensor) -> torch.Tensor:
         """States S_0 .. S_N, [B, N + 1, H, K, Vd], from P [B, N, H, K, K], E [B, N, H, K, Vd], S_0 [B, H, K, Vd]."""
-        states = [initial_state]
-        for p, e in zip(transition.unbind(1), update.unbind(1), strict=True):
-            states.append(e + p @ states[-1])
-        states = torch.stack(states, 1)
+        states = _scan(transition, update, initial_state)
         ctx.save_for_backward(transition, states)
         return states
 
     @staticmethod
     def backward(ctx, grad_states: torch.Tensor):
         transition, states = ctx.saved_tensors
-        grad = [grad_states[:, -1]]
-        for p, grad_state in zip(transition.unbind(1)[::-1], grad_states.unbind(1)[-2::-1], strict=True):
-            grad.append(grad_state + p.mT @ grad[-1])
-        grad_update = torch.stack(grad[-2::-1], 1)  # [B, N, H, K, Vd], gradient of S_1 .. S_N
-        return grad_update @ states[:, :-1].mT, grad_update, grad[-1]
+        grad = _scan(transition, grad_states[:, :-1], grad_states[:, -1], reverse=True)
+        grad_update = grad[:, 1:]  # [B, N, H, K, Vd], gradient of S_1 .. S_N
+        return grad_update @ states[:, :-1].mT, grad_update, grad[:, 0]
+
+
+def _scan(
+    transition: torch.Tensor, update: torch.Tensor, state: torch.Tensor, *, reverse: bool = False
+) -> torch.Tensor:
+    """S_0 .. S_N of S_{n+1} = P_n S_n + E_n, or in reverse, from S_N down, of S_n = P_n^T S_{n+1} + E_n."""
+    if use_affine_scan(update):
+        return affine_scan(transition, update, state, reverse=reverse)
+    step = -1 if reverse else 1
+    states = [state]
+    for p, e in zip(transition.unbind(1)[::step], update.unbind(1)[::step], strict=True):
+        states.append(e + (p.mT if reverse else p) @ states[-1])
+    return torch.stack(states[::step], 1)
 
 
 def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

@@ -22,6 +22,7 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput
 
+from .kernels_arclm import sample_rows, use_sample_rows
 from .sampling_bd3lm import (
     DEFAULT_MAX_NEW_TOKENS,
     KNOBS,
@@ -29,8 +30,10 @@ from .sampling_bd3lm import (
     check_attention_mask,
     check_cache,
     check_knobs,
+    check_logits,
     check_prompt,
     draw,
+    plain_sampling,
 )
 
 
@@ -251,6 +254,7 @@ class _Run:
             logits_processor=LogitsProcessorList() if logits_processor is None else logits_processor,
             device=self.ids.device,
         )
+        self.plain = plain_sampling(self.processors, self.config, self.model.config, self.ids.device)
         criteria = self.model._get_stopping_criteria(
             generation_config=self.config,
             stopping_criteria=StoppingCriteriaList() if stopping_criteria is None else stopping_criteria,
@@ -301,25 +305,32 @@ class _Run:
         logits = self.forward(noisy_input_ids=block, logits_to_keep=is_masked, **self.to_commit)
         self.to_commit = {}
         self.row_steps += is_masked.any(1)
-        scores = logits.float()  # [M, V]
-        scores[:, self.mask_token_id] = -torch.inf
-        probs = scores.softmax(-1)
-        if not probs[:, 0].isfinite().all():  # one logit that is NaN or infinite spoils all of its row
-            raise FloatingPointError(
-                "The model gave logits that are not finite. Check its weights; in float16 they may have overflowed: "
-                "load it with dtype=torch.bfloat16 or torch.float32."
-            )
-        scores = self._process(scores, block, *is_masked.nonzero(as_tuple=True))
-        chosen = draw(scores.softmax(-1)) if self.config.do_sample else scores.argmax(-1, keepdim=True)
+        chosen, confidence, entropy = self._propose(logits, block, is_masked)
         tokens = block.masked_scatter(is_masked, chosen)
-        empty = torch.full_like(block, -1, dtype=probs.dtype)
-        confidence = empty.masked_scatter(is_masked, probs.gather(1, chosen))
-        entropy = empty * -torch.inf
-        if self.knobs["remasking_strategy"] == "entropy_bound":  # one more pass over [M, V] that no other asks for
-            entropy = entropy.masked_scatter(is_masked, torch.special.entr(probs).sum(-1))
+        empty = torch.full_like(block, -1, dtype=confidence.dtype)
+        confidence = empty.masked_scatter(is_masked, confidence)
+        entropy = (empty * -torch.inf).masked_scatter(is_masked, entropy)
         is_end = self._is_end(tokens, ~is_masked)
         again = is_end & (is_end.cumsum(1) > 1)
         return tokens, confidence.masked_fill(again, 0.0), entropy.masked_fill(again, 1e4)
+
+    def _propose(self, logits: torch.Tensor, block: torch.Tensor, is_masked: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tokens, confidence and entropy, each [M], from logits [M, V]."""
+        if self.plain is not None and use_sample_rows(logits):
+            rows = is_masked[is_masked]
+            *proposal, is_finite = sample_rows(logits, rows, mask_token_id=self.mask_token_id, **self.plain)
+            check_logits(is_finite)
+            return proposal
+        scores = logits.float()
+        scores[:, self.mask_token_id] = -torch.inf
+        probs = scores.softmax(-1)
+        check_logits(probs[:, 0].isfinite())  # one logit that is NaN or infinite spoils all of its row
+        scores = self._process(scores, block, *is_masked.nonzero(as_tuple=True))
+        chosen = draw(scores.softmax(-1)) if self.config.do_sample else scores.argmax(-1, keepdim=True)
+        entropy = torch.full_like(probs[:, 0], torch.inf)
+        if self.knobs["remasking_strategy"] == "entropy_bound":  # one more pass over [M, V] that no other asks for
+            entropy = torch.special.entr(probs).sum(-1)
+        return chosen.squeeze(1), probs.gather(1, chosen).squeeze(1), entropy
 
     def _process(self, scores: torch.Tensor, block: torch.Tensor, rows, offsets) -> torch.Tensor:
         """Apply the processors to scores [M, V] of masked positions, given by row [M] and offset in the block [M].

@@ -5,6 +5,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLogitsWarper
 
 
 # Knobs of block diffusion that transformers' GenerationConfig does not know, with their defaults.
@@ -99,6 +100,21 @@ def draw(probs: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(accumulated, (1 - torch.rand(len(probs), 1)) * accumulated[:, -1:])
 
 
+def plain_sampling(processors: list, generation_config, config, device: torch.device) -> dict[str, Any] | None:
+    """`is_suppressed` [V] and `temperature` for `sample_rows`; `None` if a processor does more than set these."""
+    if not all(type(x) in (SuppressTokensLogitsProcessor, TemperatureLogitsWarper) for x in processors):
+        return None
+    is_suppressed = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
+    is_suppressed[config.mask_token_id] = True
+    temperature = 1.0
+    for processor in processors:
+        if isinstance(processor, TemperatureLogitsWarper):
+            temperature *= processor.temperature
+        else:
+            is_suppressed[processor.suppress_tokens.to(device)] = True
+    return {"is_suppressed": is_suppressed, "temperature": temperature if generation_config.do_sample else None}
+
+
 def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
     """Raise a ValueError or TypeError that names the knob, its value and what is allowed."""
     for name, kind in KINDS.items():
@@ -124,6 +140,15 @@ def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
         )
     if not knobs["entropy_bound"] >= 0:
         raise ValueError(f"entropy_bound={knobs['entropy_bound']} must be at least 0 (nats).")
+
+
+def check_logits(is_finite: torch.Tensor) -> None:
+    """Raise if one of M positions has no probabilities: drawing from them would end all work on a GPU."""
+    if not is_finite.all():
+        raise FloatingPointError(
+            "The model gave logits that are not finite. Check its weights; in float16 they may have overflowed: "
+            "load it with dtype=torch.bfloat16 or torch.float32."
+        )
 
 
 def check_prompt(input_ids: torch.Tensor | None, config) -> None:

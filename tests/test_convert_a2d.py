@@ -218,8 +218,9 @@ def test_options_reach_the_result(src, tmp_path):
 def test_generation_config_names_every_knob_so_that_generate_takes_it(converted):
     knobs = json.loads((converted["text"] / "generation_config.json").read_text())
     del knobs["transformers_version"]
-    expected = module.KNOBS | {"do_sample": True, "temperature": 0.6, "max_new_tokens": 256, "pad_token_id": PAD}
-    assert knobs == expected | {"eos_token_id": [END, PAD], "suppress_tokens": [*range(REAL + 1, VOCAB)]}
+    expected = module.KNOBS | {"do_sample": True, "temperature": 0.6, "top_k": 0, "max_new_tokens": 256}
+    tokens = {"eos_token_id": [END, PAD], "pad_token_id": PAD, "suppress_tokens": [*range(REAL + 1, VOCAB)]}
+    assert knobs == expected | tokens
     assert not GenerationConfig.from_pretrained(converted["text"]).update(**knobs)
 
 

@@ -1,0 +1,416 @@
+"""Faster ways through three computations on a GPU, each with the results of the PyTorch code it stands in for.
+
+- `affine_scan`, a Triton kernel: the states from chunk to chunk in `gated_delta_rule.py`, and their gradient.
+- `sample_rows`, a Triton kernel: the proposals of a denoising step in `generation_bd3lm.py`, from one reading of the
+  logits.
+- `fla_gated_delta_rule`: the delta rule without gradients, by flash-linear-attention. Training does not use it: its
+  backward pass knows no boundary states, and is refused or wrong on Hopper with Triton 3.4.0 to 3.7.0.
+
+`usable` decides: on a GPU of compute capability 8.0 or more, after a small problem was computed right on that very
+device. Otherwise it says once why not, and PyTorch does the work.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.utils import logging
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+logger = logging.get_logger(__name__)
+
+MIN_CAPABILITY = (8, 0)
+FLA_VERSION = "0.6"  # major and minor of the tested flash-linear-attention; its interface moves with every minor
+MAX_SCAN_DIM = 128  # a transition [K, K] stays in shared memory, of which an RTX 4090 gives 101,376 bytes to a program
+MAX_FLA_DIM = 256
+RECURRENT_TOKENS = 64
+VOCABULARY_TILE = 4096
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["N"])  # one compilation for all lengths
+    def _affine_scan_kernel(
+        transition,
+        update,
+        initial_state,
+        states,
+        N,
+        H,
+        K: tl.constexpr,
+        V: tl.constexpr,
+        K_TILE: tl.constexpr,
+        V_TILE: tl.constexpr,
+        REVERSE: tl.constexpr,
+    ):
+        """Scan V_TILE columns of the states of one head of one row; see `affine_scan`."""
+        head = tl.program_id(1).to(tl.int64)  # of B * H; int64, as a long row has more than 2**31 numbers
+        batch, head = head // H, head % H
+        row = tl.arange(0, K_TILE)
+        column = tl.program_id(0) * V_TILE + tl.arange(0, V_TILE)
+        is_key = row < K
+        of_state, in_state = row[:, None] * V + column[None, :], is_key[:, None] & (column < V)[None, :]
+        # the reverse scan reads the transition transposed
+        of_transition = row[:, None] + row[None, :] * K if REVERSE else row[:, None] * K + row[None, :]
+        in_transition = is_key[:, None] & is_key[None, :]
+
+        first = N if REVERSE else 0
+        state = tl.load(initial_state + (batch * H + head) * K * V + of_state, mask=in_state, other=0.0)
+        tl.store(states + ((batch * (N + 1) + first) * H + head) * K * V + of_state, state, mask=in_state)
+        for step in range(N):
+            n = N - 1 - step if REVERSE else step
+            chunk = (batch * N + n) * H + head
+            p = tl.load(transition + chunk * K * K + of_transition, mask=in_transition, other=0.0)
+            e = tl.load(update + chunk * K * V + of_state, mask=in_state, other=0.0)
+            # three TF32 products: the accuracy of float32, while "ieee" spills 2 to 10 KB of registers per thread
+            state = tl.dot(p, state, e, input_precision="tf32x3")
+            after = n if REVERSE else n + 1
+            tl.store(states + ((batch * (N + 1) + after) * H + head) * K * V + of_state, state, mask=in_state)
+
+    @triton.jit
+    def _sample_rows_kernel(
+        logits,
+        is_masked,
+        is_suppressed,
+        seed,
+        statistics,
+        candidates,
+        row_stride,
+        vocabulary,
+        mask_token_id,
+        temperature,
+        SAMPLE: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
+        """Reduce one tile of one row of the logits to four numbers and a candidate; see `sample_rows`."""
+        row, tile, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        if tl.load(is_masked + row):
+            column = tile * TILE + tl.arange(0, TILE)
+            inside = column < vocabulary
+            x = tl.load(logits + row.to(tl.int64) * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+            x = tl.where(inside & (column != mask_token_id), x, float("-inf"))
+            num_broken = tl.sum((~(x < float("inf"))).to(tl.int32))  # NaN or infinite
+            # the bounds keep logits of -inf, and those at the end of the range, from making inf - inf
+            highest = tl.maximum(tl.max(x), -3.4028234663852886e38)
+            shift = tl.maximum(x - highest, -200.0)
+            weight = tl.exp(shift)
+            total = tl.where(num_broken > 0, float("nan"), tl.sum(weight))
+
+            score = tl.where(tl.load(is_suppressed + column, mask=inside, other=True), float("-inf"), x)
+            if SAMPLE:
+                bits, _, _, _ = tl.philox(tl.load(seed), column, row, 0, 0)
+                u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # in (0, 1)
+                # -log(1 - u), exponentially distributed; the winners have small u, where 1 - u would round
+                wait = tl.where(u < 0.00390625, u + 0.5 * u * u, -tl.log(1.0 - u))
+                score = score / temperature - tl.log(wait)
+            best, index = tl.max(score, 0, return_indices=True)  # of equal ones the first
+
+            cell, size = row * num_tiles + tile, tl.num_programs(0) * num_tiles
+            tl.store(statistics + cell, highest)
+            tl.store(statistics + size + cell, total)
+            tl.store(statistics + 2 * size + cell, tl.sum(shift * weight))
+            tl.store(statistics + 3 * size + cell, best)
+            tl.store(candidates + cell, tile * TILE + index)
+
+
+def affine_scan(
+    transition: torch.Tensor, update: torch.Tensor, initial_state: torch.Tensor, *, reverse: bool = False
+) -> torch.Tensor:
+    """Compute S_{n+1} = P_n S_n + E_n from S_0, or S_n = P_n^T S_{n+1} + E_n from S_N, which is the scan's gradient.
+
+    Args:
+        transition: P, [B, N, H, K, K] float32, K <= 128.
+        update: E, [B, N, H, K, Vd] float32.
+        initial_state: S_0, or S_N in reverse, [B, H, K, Vd] float32.
+        reverse: which of the two.
+
+    Returns:
+        S_0 .. S_N, [B, N + 1, H, K, Vd], in this order in reverse too.
+    """
+    batch, chunks, heads, key_dim, value_dim = update.shape
+    states = update.new_empty(batch, chunks + 1, heads, key_dim, value_dim)
+    value_tile = 16
+    with torch.cuda.device_of(update):
+        _affine_scan_kernel[(triton.cdiv(value_dim, value_tile), batch * heads)](
+            transition.contiguous(),
+            update.contiguous(),
+            initial_state.contiguous(),
+            states,
+            chunks,
+            heads,
+            K=key_dim,
+            V=value_dim,
+            K_TILE=max(16, triton.next_power_of_2(key_dim)),
+            V_TILE=value_tile,
+            REVERSE=reverse,
+            num_warps=8,
+            num_stages=2,
+        )
+    return states
+
+
+def sample_rows(
+    logits: torch.Tensor,
+    is_masked: torch.Tensor,
+    is_suppressed: torch.Tensor,
+    mask_token_id: int,
+    *,
+    temperature: float | None = None,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Propose a token for every masked row from one reading of its logits, in float32.
+
+    A sample is the argmax of logits / temperature plus Gumbel noise, -log of an exponential variable: distributed as
+    softmax(logits / temperature).
+
+    Args:
+        logits: [R, V] bfloat16, float16 or float32, the last dimension contiguous.
+        is_masked: [R] bool, rows that are read.
+        is_suppressed: [V] bool, tokens that are not proposed; True for the mask token.
+        mask_token_id: has no probability.
+        temperature: > 0, or `None` for the most probable token, of equal ones the first.
+        seed: [1] int64 on the device of `logits`, drawn from torch's generator if `None`. The same seed gives a row at
+            the same place the same token.
+
+    Returns:
+        tokens [R] int64, 0 where not masked; confidence [R] float32, the probability of each under softmax(logits), -1
+        where not masked; entropy [R] float32 of softmax(logits) in nats, infinite where not masked; is_finite [R]
+        bool, False for a masked row without probabilities, as a logit of NaN or +inf leaves it: its other results mean
+        nothing.
+    """
+    rows, vocabulary = logits.shape
+    num_tiles = triton.cdiv(vocabulary, VOCABULARY_TILE)
+    statistics = torch.zeros(4, rows, num_tiles, device=logits.device)
+    candidates = torch.zeros(rows, num_tiles, dtype=torch.int32, device=logits.device)
+    if seed is None and temperature is not None:
+        seed = torch.randint(2**62, (1,), device=logits.device)
+    with torch.cuda.device_of(logits):
+        _sample_rows_kernel[(rows, num_tiles)](
+            logits,
+            is_masked.contiguous(),
+            is_suppressed.contiguous(),
+            candidates if seed is None else seed,  # without sampling any pointer does: it is not read
+            statistics,
+            candidates,
+            logits.stride(0),
+            vocabulary,
+            mask_token_id,
+            1.0 if temperature is None else float(temperature),
+            SAMPLE=temperature is not None,
+            TILE=VOCABULARY_TILE,
+            num_warps=8,
+        )
+    tokens, confidence, entropy, is_finite = _combine_tiles(logits, statistics, candidates)
+    return (
+        tokens,
+        torch.where(is_masked, confidence, -1.0),
+        torch.where(is_masked, entropy, torch.inf),
+        is_finite | ~is_masked,
+    )
+
+
+def _combine_tiles(logits: torch.Tensor, statistics: torch.Tensor, candidates: torch.Tensor) -> tuple:
+    """Tokens, confidence, entropy and whether there are probabilities, each [R], from [4, R, tiles] and [R, tiles]."""
+    highest, total, weighted, best = statistics  # weighted is the sum of (x - highest) e^{x - highest}
+    tokens = candidates.gather(1, best.argmax(1, keepdim=True)).long()
+    top = highest.amax(1, keepdim=True)
+    shift = (highest - top).clamp(min=-200)
+    weighted = ((weighted + shift * total) * shift.exp()).sum(1)
+    total = (total * shift.exp()).sum(1)
+    confidence = (logits.gather(1, tokens).float() - top).exp().squeeze(1) / total
+    return tokens.squeeze(1), confidence, total.log() - weighted / total, total.isfinite() & (total > 0)
+
+
+def fla_gated_delta_rule(
+    inputs: Any, initial_state: torch.Tensor | None = None, *, need_final: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    """`gated_delta_rule` without boundary states and gradients, by flash-linear-attention.
+
+    Up to 64 tokens, a block, are one launch that computes in float32; more are read in chunks, with products of 16
+    bits.
+
+    Args:
+        inputs: `DeltaRuleInputs` with q, k and v in bfloat16 or float16.
+        initial_state: [B, H, K, Vd], zero if `None`.
+        need_final: whether to compute the final state.
+
+    Returns:
+        As `gated_delta_rule`: outputs [B, T, H, Vd] in the dtype of v; the final state [B, H, K, Vd] float32, or
+        `None`; `None`.
+    """
+    output, final = _fla(fla_kernel(inputs))(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        g=inputs.g.float(),
+        beta=inputs.beta,
+        initial_state=None if initial_state is None else initial_state.float(),
+        output_final_state=need_final,
+        use_qk_l2norm_in_kernel=True,
+    )
+    return output, final if need_final else None, None
+
+
+def fla_kernel(inputs: Any) -> str:
+    """Name the function of flash-linear-attention for these inputs."""
+    is_short = inputs.q.shape[1] <= RECURRENT_TOKENS
+    return "fused_recurrent_gated_delta_rule" if is_short else "chunk_gated_delta_rule"
+
+
+def _fla(name: str) -> Callable | None:
+    try:  # here, as importing it takes seconds
+        from fla.ops import gated_delta_rule
+    except ImportError:
+        return None
+    return getattr(gated_delta_rule, name)
+
+
+def use_affine_scan(update: torch.Tensor) -> bool:
+    """Whether `affine_scan` takes an update [B, N, H, K, Vd]."""
+    key_dim, value_dim = update.shape[-2:]
+    fits = update.dtype == torch.float32 and key_dim <= MAX_SCAN_DIM
+    return fits and usable("affine_scan", update.device, key_dim, value_dim)
+
+
+def use_sample_rows(logits: torch.Tensor) -> bool:
+    """Whether `sample_rows` takes these logits [R, V]."""
+    return logits.dtype != torch.float64 and usable("sample_rows", logits.device)
+
+
+def use_fla(inputs: Any, initial_state: torch.Tensor | None) -> bool:
+    """Whether `fla_gated_delta_rule` takes these inputs: 16 bits, and nobody wants a gradient."""
+    key_heads, key_dim, heads, value_dim = *inputs.k.shape[2:], *inputs.v.shape[2:]
+    if inputs.v.dtype not in (torch.bfloat16, torch.float16) or max(key_dim, value_dim) > MAX_FLA_DIM:
+        return False
+    tensors = inputs if initial_state is None else (*inputs, initial_state)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return usable(fla_kernel(inputs), inputs.v.device, inputs.v.dtype, key_heads, heads, key_dim, value_dim)
+
+
+@cache
+def usable(kernel: str, device: torch.device, *problem) -> bool:
+    """Decide, once per process, whether a kernel runs on this device; warn where a GPU could have been faster.
+
+    Args:
+        kernel: a key of `CHECKS`.
+        device: of the tensors.
+        problem: what the kernel is compiled for, handed to its self-check.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        obstacle = _obstacle(kernel, device, problem)
+    except Exception as error:  # compilers, drivers and other people's packages raise what they like
+        obstacle = f"its self-check raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if obstacle is not None:
+        logger.warning_once(f"{kernel} is not used on {device}: {obstacle}. PyTorch gives the same results, slower.")
+    return obstacle is None
+
+
+def _obstacle(kernel: str, device: torch.device, problem: tuple) -> str | None:
+    """Say why the kernel cannot be used, `None` if it can."""
+    if triton is None:
+        return "Triton is not installed (pip install triton)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return "its compute capability is {}.{}, and {}.{} is the least".format(*capability, *MIN_CAPABILITY)
+    check, bound = CHECKS[kernel]
+    if check is _check_fla:
+        try:
+            from fla import __version__ as version
+        except ImportError:
+            return 'flash-linear-attention is not installed (pip install "flash-linear-attention>=0.6,<0.7")'
+        if version.split(".")[:2] != FLA_VERSION.split("."):
+            return f"flash-linear-attention is {version}, and {FLA_VERSION} is the tested one"
+        problem = kernel, *problem
+    with torch.no_grad():
+        error = check(device, *problem)
+    return None if error <= bound else f"its self-check is off by {error:.1e}, and {bound:.0e} is allowed"
+
+
+def _normal_numbers(device: torch.device) -> Callable:
+    """Draw from a generator of their own: a check must not move the caller's random numbers."""
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator, device=device)
+
+
+def _error(results: tuple, expected: tuple) -> float:
+    """The largest difference, relative to the largest number; NaN if anything is."""
+    errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(results, expected, strict=True)]
+    return float(torch.stack(errors).double().max())
+
+
+def _check_affine_scan(device: torch.device, key_dim: int, value_dim: int) -> float:
+    """Scan both ways, against a loop in float64."""
+    normal = _normal_numbers(device)
+    transition = normal(2, 5, 3, key_dim, key_dim) * 0.5 * key_dim**-0.5
+    update, state = (normal(*shape, 3, key_dim, value_dim) for shape in ((2, 5), (2,)))
+    forward, backward = [state.double()], [state.double()]
+    for n in range(5):
+        forward.append(transition[:, n].double() @ forward[-1] + update[:, n])
+        backward.append(transition[:, 4 - n].double().mT @ backward[-1] + update[:, 4 - n])
+    results = affine_scan(transition, update, state), affine_scan(transition, update, state, reverse=True)
+    return _error(results, (torch.stack(forward, 1), torch.stack(backward[::-1], 1)))
+
+
+def _check_sample_rows(device: torch.device) -> float:
+    """Greedy results of a few rows, and the frequencies of many samples."""
+    normal = _normal_numbers(device)
+    logits = normal(3, 2 * VOCABULARY_TILE + 5) * 4
+    logits[1, 5::9] = 20.0  # equal ones, of which the first counts, within a tile and between tiles
+    mask_token_id = int(logits[0].argmax())
+    is_suppressed = torch.arange(logits.shape[1], device=device) == mask_token_id
+    is_masked = torch.ones(len(logits), dtype=torch.bool, device=device)
+    tokens, confidence, entropy, is_finite = sample_rows(logits, is_masked, is_suppressed, mask_token_id)
+    probs = logits.double().masked_fill(is_suppressed, -torch.inf).softmax(-1)
+    expected = probs.argmax(-1)
+    exact = _error((confidence, entropy), (probs.amax(-1), torch.special.entr(probs).sum(-1)))
+
+    logits = normal(7).expand(300, 7)
+    is_masked, seed = torch.ones(len(logits), dtype=torch.bool, device=device), torch.tensor([1], device=device)
+    drawn, *_ = sample_rows(logits, is_masked, is_suppressed[:7], mask_token_id, temperature=0.7, seed=seed)
+    # the standard deviation of a frequency is below 0.03
+    unlucky = (drawn.bincount(minlength=7) / len(drawn) - (logits[0] / 0.7).softmax(-1)).abs().max()
+    is_right = is_finite.all() and torch.equal(tokens, expected) and unlucky < 0.1
+    return exact if is_right else float("nan")
+
+
+def _check_fla(
+    device: torch.device, kernel: str, dtype, key_heads: int, heads: int, key_dim: int, value_dim: int
+) -> float:
+    """A block, or two chunks and a bit, against the recurrence in float64."""
+    normal = _normal_numbers(device)
+    tokens = RECURRENT_TOKENS if kernel.startswith("fused") else 2 * RECURRENT_TOKENS + 3
+    q, k = (normal(2, tokens, key_heads, key_dim).to(dtype) for _ in range(2))
+    v = normal(2, tokens, heads, value_dim).to(dtype)
+    g, beta = F.logsigmoid(normal(2, tokens, heads) + 3), normal(2, tokens, heads).sigmoid()
+    initial_state = normal(2, heads, key_dim, value_dim)
+    results = _fla(kernel)(
+        q, k, v, g=g, beta=beta, initial_state=initial_state, output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+    q, k = (F.normalize(x.double(), dim=-1).repeat_interleave(heads // key_heads, 2) for x in (q, k))
+    state, outputs = initial_state.double(), []
+    for t in range(tokens):
+        state = state * g[:, t, :, None, None].double().exp()
+        written = beta[:, t, :, None] * (v[:, t] - (k[:, t, :, None] @ state).squeeze(2))
+        state = state + k[:, t, :, :, None] * written[:, :, None]
+        outputs.append((q[:, t, :, None] @ state).squeeze(2) * key_dim**-0.5)
+    return _error(results, (torch.stack(outputs, 1), state))
+
+
+# each kernel's self-check and the relative error it is allowed: float32, and products of 16 bits
+CHECKS = {
+    "affine_scan": (_check_affine_scan, 1e-4),
+    "sample_rows": (_check_sample_rows, 1e-4),
+    "fused_recurrent_gated_delta_rule": (_check_fla, 2e-2),
+    "chunk_gated_delta_rule": (_check_fla, 2e-2),
+}
