@@ -31,7 +31,7 @@ from .cache_arclm import ArcLMCache, CacheAccess, last_tokens
 from .configuration_arclm import ArcLMConfig
 from .gated_delta_rule import DeltaRuleInputs, gated_delta_rule
 from .generation_bd3lm import BD3LMGenerationMixin
-from .layers_arclm import ArcLMConv1d, ArcLMLinear, ArcLMRMSNormGated
+from .layers_arclm import ArcLMConv1d, ArcLMRMSNormGated, use_arclm_linear
 from .linear_cross_entropy import linear_cross_entropy
 from .streams_arclm import Streams, check_inputs, shift_right
 
@@ -51,11 +51,11 @@ class ArcLMGatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(torch.ones(config.linear_num_value_heads))
         self.A_log = nn.Parameter(torch.zeros(config.linear_num_value_heads))
         self.norm = ArcLMRMSNormGated(self.head_v_dim, config.rms_norm_eps)
-        self.in_proj_qkv = ArcLMLinear(config.hidden_size, conv_dim, bias=False)
-        self.in_proj_z = ArcLMLinear(config.hidden_size, self.value_dim, bias=False)
-        self.in_proj_b = ArcLMLinear(config.hidden_size, config.linear_num_value_heads, bias=False)
-        self.in_proj_a = ArcLMLinear(config.hidden_size, config.linear_num_value_heads, bias=False)
-        self.out_proj = ArcLMLinear(self.value_dim, config.hidden_size, bias=False)
+        self.in_proj_qkv = nn.Linear(config.hidden_size, conv_dim, bias=False)
+        self.in_proj_z = nn.Linear(config.hidden_size, self.value_dim, bias=False)
+        self.in_proj_b = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
+        self.in_proj_a = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
+        self.out_proj = nn.Linear(self.value_dim, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
         """Mix the columns [B, columns, D] of one or both streams; commits write the boundary state to the cache."""
@@ -142,9 +142,6 @@ class ArcLMDecoderLayer(GradientCheckpointingLayer):
         self.mlp = Qwen3_5MLP(config, config.intermediate_size)
         self.input_layernorm = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        for module in self.modules():  # those of Qwen3.5's own attention and MLP
-            if type(module) is nn.Linear:
-                module.__class__ = ArcLMLinear
 
     def forward(self, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
         """Map hidden states [B, columns, D] to hidden states of the same shape."""
@@ -223,14 +220,25 @@ class ArcLMPreTrainedModel(PreTrainedModel):
         """Load as `PreTrainedModel.from_pretrained`, and refuse a checkpoint that does not hold every weight.
 
         Raises:
-            ValueError: weights are missing: the parent would fill them with random numbers and only warn.
+            ValueError: weights are missing: the parent would fill them with random numbers and only warn. Or they
+                cannot be quantised as asked.
         """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        path, kwargs["output_loading_info"] = pretrained_model_name_or_path, True
+        try:
+            model, info = super().from_pretrained(path, *args, **kwargs)
+        except RuntimeError as error:
+            if kwargs.get("quantization_config") is None:
+                raise
+            raise ValueError(
+                f"{path} cannot be quantised in this way on this machine: the report above gives the reason for each "
+                "weight. TorchAoConfig(Int8WeightOnlyConfig()) needs no GPU and no other package."
+            ) from error
         if info["missing_keys"]:
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} weights of {cls.__name__}, among "
-                f"them {min(info['missing_keys'])}. Convert a Qwen3.5 checkpoint with convert_a2d.py first."
+                f"{path} lacks {len(info['missing_keys'])} weights of {cls.__name__}, among them "
+                f"{min(info['missing_keys'])}. Convert a Qwen3.5 checkpoint with convert_a2d.py first."
             )
+        use_arclm_linear(model)  # what a quantization_config has left
         return (model, info) if output_loading_info else model
 
 
@@ -314,7 +322,9 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
     def __init__(self, config: ArcLMConfig):
         super().__init__(config)
         self.model = ArcLMModel(config)
-        self.lm_head = ArcLMLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if getattr(config, "quantization_config", None) is None:  # bitsandbytes replaces what is exactly nn.Linear
+            use_arclm_linear(self)
         self.post_init()
 
     @property

@@ -8,6 +8,7 @@ from torch import nn
 
 from arclm import layers_arclm
 from arclm.layers_arclm import ArcLMLinear
+from arclm.modeling_arclm import ArcLMForDiffusionLM
 
 
 needs_onednn = pytest.mark.skipif(layers_arclm.ONEDNN_LINEAR is None, reason="torch was built without oneDNN")
@@ -25,6 +26,11 @@ def products(monkeypatch):
     if product is not None:
         monkeypatch.setattr(layers_arclm, "ONEDNN_LINEAR", counted)
     return calls
+
+
+@pytest.fixture(autouse=True)
+def no_layer_is_too_small(monkeypatch):
+    monkeypatch.setattr(layers_arclm, "MIN_WEIGHTS", 0)
 
 
 @needs_onednn
@@ -71,7 +77,24 @@ def test_gradients_flow(products):
     assert not products
 
 
+def test_small_layers_are_left_to_torch(products, monkeypatch):
+    monkeypatch.setattr(layers_arclm, "MIN_WEIGHTS", 65)
+    with torch.no_grad():
+        ArcLMLinear(8, 8)(torch.ones(2, 8))
+    assert not products
+
+
+def linears(model: nn.Module) -> set[type]:
+    return {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+
+
 def test_every_product_of_the_model_is_of_this_kind():
-    linears = [module for module in tiny_model().modules() if isinstance(module, nn.Linear)]
-    assert linears
-    assert all(type(module) is ArcLMLinear for module in linears)
+    assert linears(tiny_model()) == {ArcLMLinear}
+
+
+def test_bitsandbytes_finds_the_linear_layers_it_replaces(tmp_path):
+    # it looks for layers that are exactly nn.Linear, and leaves all others as they are without a word
+    model = tiny_model(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    assert linears(model) == {nn.Linear}
+    tiny_model().save_pretrained(tmp_path)
+    assert linears(ArcLMForDiffusionLM.from_pretrained(tmp_path)) == {ArcLMLinear}
