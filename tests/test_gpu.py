@@ -5,6 +5,8 @@ import torch
 from conftest import MASK, tiny_model, tokens
 from reference import blockwise_logits
 
+from arclm.kernels_arclm import usable
+
 
 pytestmark = pytest.mark.gpu
 
@@ -44,3 +46,18 @@ def test_bfloat16_trains_and_generates_on_a_gpu():
     greedy = [model.generate(x_0, max_new_tokens=20, do_sample=False) for _ in range(2)]
     assert torch.equal(*greedy)
     assert not (greedy[0] == MASK).any()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem"),
+    [
+        ("affine_scan", (128, 128)),
+        ("sample_rows", ()),
+        ("fused_recurrent_gated_delta_rule", (torch.bfloat16, 16, 16, 128, 128)),
+        ("chunk_gated_delta_rule", (torch.bfloat16, 16, 16, 128, 128)),
+    ],
+)
+def test_every_kernel_passes_its_self_check_at_the_heads_of_the_model(kernel, problem):
+    if "delta_rule" in kernel:
+        pytest.importorskip("fla")
+    assert usable(kernel, torch.device("cuda", 0), *problem)
