@@ -22,6 +22,7 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput
 
+from .graphs_arclm import borrow_graphs
 from .kernels_arclm import sample_rows, use_sample_rows
 from .sampling_bd3lm import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -120,6 +121,7 @@ class BD3LMGenerationMixin:
                   field's.)
                 - `confidence_threshold`: in [0, 1], a probability. Higher is slower and safer. 0.9 by default.
                 - `entropy_bound`: >= 0, in nats. Higher is faster. 0.1 by default.
+                - `use_cuda_graphs`: whether a CUDA device may replay denoising steps, True by default.
 
         Returns:
             [B, P + new] ids, or `BD3LMGenerateOutput` with `return_dict_in_generate=True`.
@@ -139,9 +141,10 @@ class BD3LMGenerationMixin:
             block, is_masked = run.start_block()
             # 3.b Denoise
             for step in range(knobs["max_denoising_steps"]):
-                if not is_masked.any():
+                masked = is_masked.nonzero(as_tuple=True)  # where the host waits for the device, once per step
+                if not len(masked[0]):
                     break
-                tokens, confidence, entropy = run.predict(block, is_masked)
+                tokens, confidence, entropy = run.predict(block, is_masked, masked)
                 accepted = accept_tokens(confidence, entropy, is_masked, step, knobs)
                 block, is_masked = run.settle(block, is_masked, accepted, tokens)
                 if hasattr(streamer, "put_draft"):
@@ -242,7 +245,8 @@ class _Run:
         self.starts = self.was_masked.int().argmax(1) // self.block_size * self.block_size
         self.ends, self.finished = self.limits.clone(), torch.zeros_like(self.limits, dtype=torch.bool)
         self.row_steps, self.nfe, self.history, self.checked = torch.zeros_like(self.limits), 0, [], 0
-        self.to_commit = {}
+        self.to_commit, self.is_finite = {}, torch.ones((), dtype=torch.bool, device=input_ids.device)
+        self.graphs = borrow_graphs(model, self) if knobs["use_cuda_graphs"] else None
         per_block = self.block_size if steps is None else -(-steps // num_blocks)
         knobs["max_denoising_steps"] = min(per_block, knobs["max_denoising_steps"] or self.block_size, self.block_size)
 
@@ -271,7 +275,8 @@ class _Run:
 
     def forward(self, **inputs) -> torch.Tensor:
         self.nfe += 1
-        output = self.model(past_key_values=self.cache, block_size=self.block_size, **inputs)
+        graphs = {} if self.graphs is None else {"graphs": self.graphs}
+        output = self.model(past_key_values=self.cache, block_size=self.block_size, **inputs, **graphs)
         self.cache = output.past_key_values
         return output.logits
 
@@ -293,8 +298,8 @@ class _Run:
         block = self.ids.gather(1, columns)
         return block, (block == self.mask_token_id) & (columns < self.ends[:, None]) & ~self.finished[:, None]
 
-    def predict(self, block: torch.Tensor, is_masked: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Propose a token for every masked position of the block.
+    def predict(self, block: torch.Tensor, is_masked: torch.Tensor, masked: tuple) -> tuple[torch.Tensor, ...]:
+        """Propose a token for every masked position of the block, `masked` by row [M] and offset in the block [M].
 
         Returns:
             tokens [B, L]; confidence [B, L], the model's probability of each, -1 where not masked; entropy [B, L] of
@@ -302,31 +307,32 @@ class _Run:
             processors: how sure the model is does not depend on how the caller samples. An end token behind another
             proposed end token counts as unsure, 0 and 1e4 nats: it comes for nothing once the first one is accepted.
         """
-        logits = self.forward(noisy_input_ids=block, logits_to_keep=is_masked, **self.to_commit)
+        logits = self.forward(noisy_input_ids=block, logits_to_keep=masked, **self.to_commit)
         self.to_commit = {}
         self.row_steps += is_masked.any(1)
-        chosen, confidence, entropy = self._propose(logits, block, is_masked)
-        tokens = block.masked_scatter(is_masked, chosen)
+        chosen, confidence, entropy = self._propose(logits, block, masked)
+        tokens = block.index_put(masked, chosen)
         empty = torch.full_like(block, -1, dtype=confidence.dtype)
-        confidence = empty.masked_scatter(is_masked, confidence)
-        entropy = (empty * -torch.inf).masked_scatter(is_masked, entropy)
+        confidence = empty.index_put(masked, confidence)
+        entropy = (empty * -torch.inf).index_put(masked, entropy)
         is_end = self._is_end(tokens, ~is_masked)
         again = is_end & (is_end.cumsum(1) > 1)
         return tokens, confidence.masked_fill(again, 0.0), entropy.masked_fill(again, 1e4)
 
-    def _propose(self, logits: torch.Tensor, block: torch.Tensor, is_masked: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Tokens, confidence and entropy, each [M], from logits [M, V]."""
+    def _propose(self, logits: torch.Tensor, block: torch.Tensor, masked: tuple) -> tuple[torch.Tensor, ...]:
+        """Tokens, confidence and entropy, each [M], from logits [M, V]; `finish_block` raises if one is not finite."""
         if self.plain is not None and use_sample_rows(logits):
-            rows = is_masked[is_masked]
-            *proposal, is_finite = sample_rows(logits, rows, mask_token_id=self.mask_token_id, **self.plain)
-            check_logits(is_finite)
-            return proposal
+            rows = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+            chosen, *sureness, is_finite = sample_rows(logits, rows, mask_token_id=self.mask_token_id, **self.plain)
+            self.is_finite &= is_finite.all()
+            return chosen.clamp(max=logits.shape[-1] - 1), *sureness
         scores = logits.float()
         scores[:, self.mask_token_id] = -torch.inf
         probs = scores.softmax(-1)
-        check_logits(probs[:, 0].isfinite())  # one logit that is NaN or infinite spoils all of its row
-        scores = self._process(scores, block, *is_masked.nonzero(as_tuple=True))
+        self.is_finite &= probs[:, 0].isfinite().all()  # one logit that is NaN or infinite spoils all of its row
+        scores = self._process(scores, block, *masked)
         chosen = draw(scores.softmax(-1)) if self.config.do_sample else scores.argmax(-1, keepdim=True)
+        chosen = chosen.clamp(max=logits.shape[-1] - 1)  # NaN draws a token beyond the last
         entropy = torch.full_like(probs[:, 0], torch.inf)
         if self.knobs["remasking_strategy"] == "entropy_bound":  # one more pass over [M, V] that no other asks for
             entropy = torch.special.entr(probs).sum(-1)
@@ -359,7 +365,7 @@ class _Run:
         after_end = is_masked & (is_end.cumsum(1) > 0)
         # as in training, where the last block is filled with the end token
         block, is_masked = torch.where(after_end, last_end, block), is_masked & ~after_end
-        self.history.append(block.cpu())
+        self.history.append(block)
         return block, is_masked
 
     def _is_end(self, block: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
@@ -370,6 +376,7 @@ class _Run:
 
     def finish_block(self, block: torch.Tensor) -> torch.Tensor:
         """Write the block back and look for an end; returns the new tokens of the first row [n]."""
+        check_logits(self.is_finite)
         columns = self.columns(self.block_size)
         writable = (columns < self.ids.shape[1]) & ~self.finished[:, None]
         rows = torch.arange(len(block), device=block.device)[:, None].expand_as(columns)
@@ -439,6 +446,5 @@ class _Run:
         generated = (self.was_masked & (column < self.ends[:, None])).sum(1)
         if self.cache is not None and self.cache.lengths is not None and (self.cache.lengths > self.ends).any():
             self.cache = None  # a row was committed before its criterion was asked
-        return BD3LMGenerateOutput(
-            self.sequences(), generated / self.row_steps.clamp(min=1), self.nfe, self.cache, tuple(self.history)
-        )
+        speed, history = generated / self.row_steps.clamp(min=1), tuple(block.cpu() for block in self.history)
+        return BD3LMGenerateOutput(self.sequences(), speed, self.nfe, self.cache, history)

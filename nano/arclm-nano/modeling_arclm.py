@@ -14,6 +14,7 @@ Everything else, names of weights included, is Qwen3.5's: a converted checkpoint
 Sampling is in `generation_bd3lm.py`, noise and training in `train_bd3lm.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -284,12 +285,35 @@ class ArcLMModel(ArcLMPreTrainedModel):
             input_ids, noisy_input_ids, attention_mask, block_size=block_size, cache=cache, needed=needed
         )
         streams = streams.for_layers(self.config, cache, self.embed_tokens.weight.dtype)
+        output = self.read(ids, streams, cache, commit=commit, output_hidden_states=output_hidden_states)
+        to_caller = partial(streams.to_caller, noisy=bool(streams.num_noisy))
+        output.last_hidden_state = to_caller(output.last_hidden_state)
+        output.predictive_hidden_state = to_caller(output.predictive_hidden_state)
+        if (clean := output.clean_last_hidden_state) is not None:
+            output.clean_last_hidden_state = streams.to_caller(clean, noisy=False)
+        if output_hidden_states:
+            output.hidden_states = tuple(map(to_caller, output.hidden_states))
+        return output
+
+    def read(
+        self,
+        ids: torch.Tensor,
+        streams: Streams,
+        cache: ArcLMCache | None,
+        *,
+        commit: bool,
+        output_hidden_states: bool | None = None,
+    ) -> ArcLMModelOutput:
+        """Embedding, layers and norm over ids [B, columns] as `streams` lays them out; hidden states in its columns.
+
+        All that asks the host comes before it or after it: `graphs_arclm.py` captures this function.
+        """
         access = None if cache is None else CacheAccess(cache, streams.num_noisy, commit)
         hidden_states = self.embed_tokens(ids)
-        layer_inputs = []
+        own_columns, layer_inputs = slice(0, streams.num_noisy or None), []
         for layer in self.layers:
             if output_hidden_states:
-                layer_inputs.append(hidden_states)
+                layer_inputs.append(hidden_states[:, own_columns])
             hidden_states = layer(hidden_states, streams, access)
         hidden_states = self.norm(hidden_states)
 
@@ -298,17 +322,12 @@ class ArcLMModel(ArcLMPreTrainedModel):
             cache.advance(streams.token_mask, ids[:, streams.num_noisy :], clean)
         own = noisy if streams.num_noisy else clean
         shifted = self.config.right_shift_logits and streams.num_noisy
-        predictive = shift_right(noisy, clean, streams, cache) if shifted else own
-        to_caller = partial(streams.to_caller, noisy=bool(streams.num_noisy))
-        if output_hidden_states:
-            own_columns = slice(0, streams.num_noisy or None)
-            layer_inputs = tuple(to_caller(x[:, own_columns]) for x in (*layer_inputs, hidden_states))
         return ArcLMModelOutput(
-            last_hidden_state=to_caller(own),
-            clean_last_hidden_state=streams.to_caller(clean, noisy=False) if clean.shape[1] else None,
-            predictive_hidden_state=to_caller(predictive),
+            last_hidden_state=own,
+            clean_last_hidden_state=clean if clean.shape[1] else None,
+            predictive_hidden_state=shift_right(noisy, clean, streams, cache) if shifted else own,
             past_key_values=cache,
-            hidden_states=layer_inputs or None,
+            hidden_states=(*layer_inputs, own) if output_hidden_states else None,
         )
 
 
@@ -345,8 +364,9 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         loss_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         block_size: int | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | torch.Tensor | tuple[torch.Tensor, ...] = 0,
         output_hidden_states: bool | None = None,
+        graphs: Callable[..., torch.Tensor | None] | None = None,
         **kwargs,
     ) -> ArcLMOutput | tuple:
         """Read the clean stream, the noisy stream, or both.
@@ -367,8 +387,10 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
             loss_weights: [B, T] float factor of each position's cross-entropy, 1 if `None`.
             num_items_in_batch: what the sum is divided by, the number of targets if `None`.
             block_size: tokens per block, the trained size if `None`.
-            logits_to_keep: how many last columns get logits, 0 for all; or [B, T] bool, which M positions, [M, V].
+            logits_to_keep: how many last columns get logits, 0 for all; or which M positions, [M, V], as [B, T] bool
+                or as rows [M] and columns [M].
             output_hidden_states: as in transformers, those of the stream that the logits come from.
+            graphs: captured passes, used instead of the layers where one fits (`graphs_arclm.py`).
             kwargs: switches of other transformers models, accepted when they are off.
 
         Raises:
@@ -376,18 +398,15 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         """
         if unknown := sorted(name for name, value in kwargs.items() if value not in (None, False)):
             raise TypeError(f"forward() got unknown arguments {', '.join(unknown)}.")
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            noisy_input_ids=noisy_input_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            block_size=block_size,
-            needed=None if labels is None else labels != -100,
-            output_hidden_states=output_hidden_states,
-        )
-        output = ArcLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
-        hidden = outputs.predictive_hidden_state
+        inputs = {"noisy_input_ids": noisy_input_ids, "past_key_values": past_key_values, "block_size": block_size}
+        hidden = None if graphs is None else graphs(self.model, input_ids, attention_mask, **inputs)
+        output = ArcLMOutput(past_key_values=past_key_values)
+        if hidden is None:
+            needed = None if labels is None else labels != -100
+            more = {"use_cache": use_cache, "needed": needed, "output_hidden_states": output_hidden_states}
+            outputs = self.model(input_ids, attention_mask, **inputs, **more)
+            output = ArcLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+            hidden = outputs.predictive_hidden_state
         if labels is None:
             output.logits = self.lm_head(_kept(hidden, logits_to_keep))
         else:
@@ -395,8 +414,8 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         return output
 
 
-def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The last columns of [B, T, D], 0 for all, or the positions that [B, T] bool marks as [M, D]."""
+def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor | tuple) -> torch.Tensor:
+    """The last columns of [B, T, D], 0 for all, or what an index of [B, T] names as [M, D]."""
     is_count = isinstance(logits_to_keep, int)
     return hidden_states[:, -logits_to_keep:] if is_count else hidden_states[logits_to_keep]
 

@@ -1,0 +1,294 @@
+"""Denoising under CUDA graphs: a forward pass is one launch instead of about two thousand, with the same results.
+
+A graph replays kernels on the addresses it was captured with. So the context is copied into static buffers once per
+block, and a denoising step copies its block of ids in and replays (`DenoisingGraphs`). The buffers have a power of two
+of columns; those behind the context are masked. What is captured is `ArcLMModel.read`, embedding and layers: checks,
+masks and rotary embedding come before, once per block; the language-model head comes after, for what is masked only.
+
+There are two passes over a static context: a denoising step, and the commit of a block with the first step on the
+block after it. `key_of` says what a captured pass depends on, and where there is none.
+"""
+
+import weakref
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .cache_arclm import ArcLMCache, append
+from .streams_arclm import Streams, check_inputs
+
+
+logger = logging.get_logger(__name__)
+
+# Powers of two from here on: a conversation captures few times as it grows. Columns in vain cost little, for at 0.8B a
+# step reads 1 GB of weights and 12 KB per column.
+MIN_COLUMNS = 1024
+# What a model may hold in static buffers, over all rows: 0.8 GB at 0.8B. Denoising beyond it is not captured.
+MAX_COLUMNS = 65_536
+# What a cache holds for each layer, and the dimension in which it grows (0 where it does not).
+LAYERWISE = {"keys": 2, "values": 2, "conv_states": 0, "recurrent_states": 0}
+
+
+class CudaCapture:
+    """Records functions over static tensors as CUDA graphs, all on one stream of `device`."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Return what replays `function`, and its outputs, which every replay overwrites."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            for _ in range(2):  # libraries and Triton kernels set themselves up at first, which a capture forbids
+                function()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what another thread does meanwhile is no error
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            outputs = function()
+        return graph.replay, outputs
+
+
+# By type of device. On the others nothing is captured.
+CAPTURES: dict[str, Callable] = {"cuda": CudaCapture}
+
+
+class CapturedPass:
+    """`ArcLMModel.read` over a static context: a denoising step, or a commit and a denoising step.
+
+    Fields:
+        ids: [B, columns] static, the noisy block, then in a commit the clean one.
+        streams: how they are read, static.
+        stamp: that of the context when `streams` was made.
+        hidden_states: [B, L, D] static, those that the logits of the noisy block come from.
+        committed: static, the last hidden states [B, L, D] of the clean block, and for each layer the new convolution
+            states and recurrent states; empty in a denoising step.
+    """
+
+    def __init__(
+        self, model: nn.Module, context: "StaticContext", ids: torch.Tensor, streams: Streams, capture: Callable
+    ):
+        self.ids, self.stamp = ids.clone(), None
+        self.streams = Streams(*(x.clone() if isinstance(x, torch.Tensor) else x for x in streams))
+        commit = streams.num_noisy < ids.shape[1]
+
+        def read() -> tuple:
+            cache = copy(context.cache)
+            for name in LAYERWISE:  # a commit replaces elements of these lists
+                setattr(cache, name, list(getattr(cache, name)))
+            output = model.read(self.ids, self.streams, cache, commit=commit)
+            committed = (output.clean_last_hidden_state, cache.conv_states, cache.recurrent_states)
+            return output.predictive_hidden_state, committed if commit else ()
+
+        self.replay, (self.hidden_states, self.committed) = capture(read)
+
+    def lay_out(self, streams: Streams, stamp: torch.Tensor | None) -> None:
+        """Copy streams of the same shapes in."""
+        for buffer, content in zip(self.streams, streams, strict=True):
+            if isinstance(buffer, torch.Tensor):
+                buffer.copy_(content)
+        self.stamp = stamp
+
+
+class StaticContext:
+    """A context at fixed addresses, and the passes captured over it.
+
+    Memory, for Qwen3.5-0.8B in bfloat16: 12,288 bytes per column and 39 MB per row, and what the kernels of the two
+    passes need, as much as those of an eager one each.
+
+    Fields:
+        cache: `num_columns` columns, the context first; its `token_mask` says how far it goes.
+        keys, values: per full-attention layer [B, Hkv, num_columns + 2 L, head_dim]: what `cache` shows, and behind it
+            the room for a clean and a noisy block.
+        stamp: `lengths` of the cache that was copied in: a commit makes a new tensor of it.
+        passes: the captured ones, by whether they commit.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, block_size: int, num_columns: int):
+        block = torch.zeros(batch, block_size, dtype=torch.long, device=model.device)
+        cache = model(block, use_cache=True, block_size=block_size).past_key_values  # its tensors are the right ones
+        self.keys, self.values = (
+            [None if x is None else x.new_zeros(*x.shape[:2], num_columns + 2 * block_size, x.shape[3]) for x in kept]
+            for kept in (cache.keys, cache.values)
+        )
+        cache.keys, cache.values = (
+            [None if x is None else x[:, :, :num_columns] for x in whole] for whole in (self.keys, self.values)
+        )
+        cache.num_columns, cache.token_ids = num_columns, None
+        cache.token_mask = torch.zeros(batch, num_columns, dtype=torch.bool, device=block.device)
+        self.cache, self.stamp, self.passes = cache, (), {}
+
+    def load(self, cache: ArcLMCache) -> None:
+        """Copy a context of at most `num_columns` columns in."""
+        for name, dim in LAYERWISE.items():
+            for buffer, content in zip(getattr(self.cache, name), getattr(cache, name), strict=True):
+                if buffer is not None:
+                    _put(buffer, content, dim)
+        tokens = cache.token_mask
+        if tokens is None:
+            tokens = self.cache.token_mask.new_ones(len(self.cache.token_mask), cache.num_columns)
+        _put(self.cache.token_mask, tokens, 1)
+        _put(self.cache.lengths, cache.lengths, 0)
+        _put(self.cache.last_hidden_state, cache.last_hidden_state, 0)
+        self.stamp = cache.lengths
+
+    def append_to(
+        self, cache: ArcLMCache, committed: tuple, clean_ids: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> None:
+        """Have `cache`, which was copied in, keep the clean block [B, L] that a pass has `committed`."""
+        hidden_states, conv_states, recurrent_states = committed
+        new = slice(self.cache.num_columns, self.cache.num_columns + clean_ids.shape[1])
+        for i, keys in enumerate(self.keys):
+            if keys is None:
+                cache.conv_states[i], cache.recurrent_states[i] = conv_states[i].clone(), recurrent_states[i].clone()
+            else:
+                cache.keys[i] = append(cache.keys[i], keys[:, :, new])
+                cache.values[i] = append(cache.values[i], self.values[i][:, :, new])
+        cache.advance(token_mask, clean_ids, hidden_states)
+
+
+def _put(buffer: torch.Tensor, content: torch.Tensor | None, dim: int) -> None:
+    """Copy `content` to the beginning of `buffer` along `dim`, and 0 behind it: no mask holds back an old NaN."""
+    size = 0 if content is None else content.shape[dim]
+    if size:
+        buffer.narrow(dim, 0, size).copy_(content)
+    buffer.narrow(dim, size, buffer.shape[dim] - size).zero_()
+
+
+class DenoisingGraphs:
+    """The captured passes of one model, used by one call of `generate` at a time."""
+
+    def __init__(self, capture: Callable):
+        self.capture, self.key, self.failed = capture, None, False
+        self.contexts: dict[tuple[int, int, int], StaticContext] = {}  # by batch, L, columns; the last used is last
+
+    def renew(self, key: tuple) -> None:
+        """Forget what was captured under another key."""
+        if key != self.key:
+            self.contexts.clear()
+            self.key, self.failed = key, False
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        *,
+        noisy_input_ids: torch.Tensor | None,
+        past_key_values: ArcLMCache | None,
+        block_size: int | None,
+    ) -> torch.Tensor | None:
+        """Run a denoising step, or a commit and a denoising step, of an `ArcLMModel` by replay.
+
+        Returns:
+            Hidden states [B, L, D] that the logits come from, overwritten by the next call; `None`, with nothing
+            done, where the inputs are others or a capture failed.
+        """
+        commit, noisy = input_ids is not None, noisy_input_ids
+        block_size = model.config.block_size if block_size is None else block_size
+        cache = ArcLMCache(len(model.layers)) if past_key_values is None else past_key_values
+        if self.failed or noisy is None or noisy.shape[1:] != (block_size,) or noisy.device != model.device:
+            return None
+        if (not cache.num_columns or input_ids.shape != noisy.shape) if commit else attention_mask is not None:
+            return None
+        num_columns = max(MIN_COLUMNS, 1 << (cache.num_columns - 1).bit_length())
+        if len(noisy) * num_columns > MAX_COLUMNS:
+            return None
+        key, ids, token_mask = (len(noisy), block_size, num_columns), noisy, None
+        context = self.contexts.get(key)
+        captured = None if context is None else context.passes.get(commit)
+        if captured is None or captured.stamp is not cache.lengths:
+            check_inputs(input_ids, noisy, cache, None, use_cache=None, config=model.config, block_size=block_size)
+            try:
+                with torch.inference_mode(False), torch.no_grad():  # what is written later must not be of that mode
+                    context = self._context(model, key, cache)
+                    ids, streams = Streams.of(
+                        input_ids, noisy, attention_mask, block_size=block_size, cache=context.cache
+                    )
+                    token_mask = streams.token_mask
+                    captured = self._pass(model, context, ids, streams)
+            except Exception as error:
+                self._give_up(error)
+                return None
+        captured.ids.copy_(ids)
+        captured.replay()
+        if commit:
+            context.append_to(cache, captured.committed, ids[:, block_size:], token_mask)
+        return captured.hidden_states
+
+    def _context(self, model: nn.Module, key: tuple[int, int, int], cache: ArcLMCache) -> StaticContext:
+        """The static context of that key, with `cache` in it."""
+        context = self.contexts.pop(key, None)
+        if context is None:
+            columns = [batch * num_columns for batch, _, num_columns in (*self.contexts, key)]
+            while sum(columns) > MAX_COLUMNS:
+                del self.contexts[next(iter(self.contexts))], columns[0]
+            context = StaticContext(model, *key)
+        self.contexts[key] = context
+        if context.stamp is not cache.lengths:
+            context.load(cache)
+        return context
+
+    def _pass(self, model: nn.Module, context: StaticContext, ids: torch.Tensor, streams: Streams) -> CapturedPass:
+        """The captured pass over `context` that reads `ids` [B, columns], laid out by `streams`."""
+        commit = streams.num_noisy < ids.shape[1]
+        streams = streams.for_layers(model.config, context.cache, model.embed_tokens.weight.dtype)
+        if commit and streams.token_mask is None:
+            streams = streams._replace(token_mask=torch.ones_like(ids[:, streams.num_noisy :], dtype=torch.bool))
+        streams = streams._replace(order=None)  # the caller's order
+        if commit not in context.passes:
+            context.passes[commit] = CapturedPass(model, context, ids, streams, self.capture)
+        context.passes[commit].lay_out(streams, context.stamp)
+        return context.passes[commit]
+
+    def _give_up(self, error: Exception) -> None:
+        self.contexts.clear()
+        self.failed = True
+        reason = str(error).partition("\n")[0]
+        logger.warning_once(
+            f"No CUDA graph could be captured ({type(error).__name__}: {reason}). Denoising steps run without, slower "
+            "with the same results; use_cuda_graphs=False does not try."
+        )
+
+
+_IDLE: "weakref.WeakKeyDictionary[nn.Module, list[DenoisingGraphs]]" = weakref.WeakKeyDictionary()
+
+
+def borrow_graphs(model: nn.Module, borrower: Any) -> DenoisingGraphs | None:
+    """Graphs of `model` for `borrower` alone, until it is garbage; `None` where nothing can be captured.
+
+    So two threads that generate at the same time do not write into the same buffers.
+    """
+    key = key_of(model)
+    if key is None:
+        return None
+    idle = _IDLE.setdefault(model, [])
+    graphs = idle.pop() if idle else DenoisingGraphs(CAPTURES[model.device.type](model.device))
+    graphs.renew(key)
+    weakref.finalize(borrower, idle.append, graphs)
+    return graphs
+
+
+def key_of(model: nn.Module) -> tuple | None:
+    """What captured passes depend on: modules, places of the weights, and settings; not the values of the weights.
+
+    `None` where no pass is captured: where the device has no graphs, the model is spread over devices, quantised or in
+    training, under autocast, and with hooks or adapters, which are Python that a replay does not run.
+    """
+    device, modules = model.device, list(model.modules())
+    tensors = [*model.parameters(), *model.buffers()]
+    if device.type not in CAPTURES or model.training or torch.is_autocast_enabled(device.type):
+        return None
+    if any(type(x) not in (torch.Tensor, nn.Parameter) or x.device != device for x in tensors):
+        return None
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return None
+        if type(module).__module__.startswith("peft."):
+            return None
+    places = tuple((x.data_ptr(), x.dtype, x.device, x.shape, x.stride()) for x in tensors)
+    config = model.config
+    return places, tuple(map(id, modules)), config._attn_implementation, config.right_shift_logits

@@ -1,0 +1,130 @@
+"""Captured passes on a GPU, where nothing stands for the graph. Run by `make gpu`."""
+
+import warnings
+
+import pytest
+import torch
+from captures import block, cache_error, new_memory
+from conftest import tiny_model, tokens
+from reference import error
+
+from arclm import graphs_arclm
+from arclm.graphs_arclm import borrow_graphs
+from arclm.sampling_bd3lm import draw
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_grad", "small_columns")]
+
+
+@pytest.fixture
+def small_columns(monkeypatch):
+    """Contexts of a few blocks cross several powers of two."""
+    monkeypatch.setattr(graphs_arclm, "MIN_COLUMNS", 32)
+
+
+def gpu_model(dtype=torch.float32, **changes):
+    return tiny_model(**changes).to("cuda", dtype)
+
+
+@pytest.mark.parametrize("context", ["block_causal", "causal"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_replayed_text_equals_eager_text_on_a_gpu(context, shift):
+    model = gpu_model(context_attention=context, right_shift_logits=shift)
+    ids = tokens(3, 37)
+    ids[0, :20] = 0
+    inputs = {"attention_mask": (ids != 0).long().cuda(), "max_new_tokens": 70, "return_dict_in_generate": True}
+    for sampling in ({"do_sample": False}, {"do_sample": True, "temperature": 1.5, "top_k": 50}):
+        outputs = []
+        for use in (False, True, True):
+            torch.manual_seed(3)
+            outputs.append(model.generate(ids.cuda(), **inputs, **sampling, use_cuda_graphs=use))
+        for output in outputs[1:]:
+            assert torch.equal(output.sequences, outputs[0].sequences)
+            assert output.nfe == outputs[0].nfe
+            assert cache_error(output.past_key_values, outputs[0].past_key_values) < 1e-3
+    (graphs,) = graphs_arclm._IDLE[model]
+    assert not graphs.failed
+    assert all(set(context.passes) == {False, True} for context in graphs.contexts.values())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_replayed_logits_equal_eager_logits_on_a_gpu(dtype, tolerance):
+    model, lengths = gpu_model(dtype), (32, 16)
+    ids = tokens(2, 32).cuda()
+    mask = (torch.arange(32) >= 32 - torch.tensor(lengths)[:, None]).long().cuda()
+    eager, cache = (model(ids, attention_mask=mask, use_cache=True).past_key_values for _ in range(2))
+    graphs, clean = borrow_graphs(model, model), tokens(2, 16, 1).cuda()
+    for n in range(4):  # 32 to 96 columns
+        x_t = block(n, 2, 16).cuda()
+        inputs = {"input_ids": clean if n else None, "noisy_input_ids": x_t}
+        expected = model(**inputs, past_key_values=eager).logits
+        assert error(model(**inputs, past_key_values=cache, graphs=graphs).logits, expected) < tolerance
+        again = model(noisy_input_ids=x_t, past_key_values=cache, graphs=graphs).logits
+        assert error(again, expected) < tolerance
+        assert torch.equal(model(noisy_input_ids=x_t, past_key_values=cache, graphs=graphs).logits, again)
+    assert not graphs.failed
+    assert cache_error(cache, eager) < tolerance
+
+
+def test_weights_changed_in_place_or_moved_on_a_gpu():
+    model, knobs = gpu_model(), {"max_new_tokens": 40, "do_sample": False, "eos_token_id": []}
+    x = tokens(1, 20).cuda()
+
+    def in_place():
+        for parameter in model.parameters():
+            parameter.mul_(0.8)
+
+    for change in (lambda: None, in_place, lambda: new_memory(model), lambda: model.cpu().cuda()):
+        change()
+        assert torch.equal(model.generate(x, **knobs), model.generate(x, **knobs, use_cuda_graphs=False))
+    assert not graphs_arclm._IDLE[model][0].failed
+
+
+def test_the_host_waits_once_per_step_on_a_gpu():
+    model, x = gpu_model(), tokens(1, 16).cuda()
+
+    def waits(steps: int) -> int:
+        knobs = {"max_new_tokens": 16, "max_denoising_steps": steps, "do_sample": True, "eos_token_id": []}
+        model.generate(x, **knobs)  # captured before the count
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model.generate(x, **knobs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in caught)
+
+    assert waits(16) - waits(4) == 12
+
+
+def test_the_draw_on_a_gpu_is_that_of_torch_multinomial():
+    probs = torch.rand(5, 1009, device="cuda").pow(9)
+    probs[:, ::3] = 0
+    probs /= probs.sum(-1, keepdim=True)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        drawn = draw(probs)
+        torch.manual_seed(seed)
+        assert torch.equal(drawn, torch.multinomial(probs, 1))
+        assert (probs.gather(1, drawn) > 0).all()
+
+
+def test_sampling_goes_on_after_a_capture_that_ran_out_of_memory_on_a_gpu(monkeypatch):
+    class Full(graphs_arclm.CudaCapture):
+        def __call__(self, function):
+            def too_large():
+                function()
+                if torch.cuda.is_current_stream_capturing():
+                    torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+
+            return super().__call__(too_large)
+
+    monkeypatch.setitem(graphs_arclm.CAPTURES, "cuda", Full)
+    model, texts = gpu_model(), []
+    for use in (False, True, True):
+        torch.manual_seed(3)
+        texts.append(model.generate(tokens(1, 20).cuda(), max_new_tokens=40, do_sample=True, use_cuda_graphs=use))
+    assert torch.equal(texts[1], texts[0])
+    assert torch.equal(texts[2], texts[0])
+    assert all(graphs.failed for graphs in graphs_arclm._IDLE[model])
