@@ -25,36 +25,44 @@ from transformers.trainer_callback import ProgressCallback
 
 NUM_BUCKETS = 5
 BUCKETS = tuple(f"nll_t_{i / NUM_BUCKETS:.1f}_{(i + 1) / NUM_BUCKETS:.1f}" for i in range(NUM_BUCKETS))
+CLEAN = "nll_clean"  # of the clean stream, the AR loss
 
 
 # ---- What is measured
 
 
 class RateBuckets:
-    """Mean cross-entropy of masked tokens, in nats, by the masking rate t of their block: `BUCKETS` from 0 to 1.
+    """Mean cross-entropy in nats: of masked tokens by the masking rate t of their block, and of the clean stream.
 
     The loss is linear in `loss_weights`, so its gradient with respect to the weight of a token is the cross-entropy of
     that token, times what the loss was multiplied by. The backward pass has it anyway: nothing is computed twice.
     """
 
-    def __init__(self):
-        self.sums = torch.zeros(2, NUM_BUCKETS)  # cross-entropy, tokens
+    names = (*BUCKETS, CLEAN)
 
-    def watch(self, loss_weights: Tensor, masking_rate: Tensor, is_masked: Tensor, scale: Tensor | float) -> None:
-        """Count the tokens of a micro-batch when its backward pass comes.
+    def __init__(self):
+        self.sums = torch.zeros(2, len(self.names))  # cross-entropy, tokens
+
+    def watch(
+        self, loss_weights: Tensor, is_target: Tensor, scale: Tensor | float, masking_rate: Tensor | None = None
+    ) -> None:
+        """Count the targets of a micro-batch when its backward pass comes.
 
         Args:
             loss_weights: [B, T] float; from here on it requires a gradient.
-            masking_rate: [B, T] float in (0, 1].
-            is_masked: [B, T] bool.
+            is_target: [B, T] bool.
             scale: what the sum of weighted cross-entropies is multiplied by to get the loss.
+            masking_rate: [B, T] float in (0, 1]; `None` for the clean stream.
         """
-        bucket = (NUM_BUCKETS * masking_rate.flatten()).long().clamp(max=NUM_BUCKETS - 1)
+        if masking_rate is None:
+            bucket = torch.full_like(is_target.flatten(), NUM_BUCKETS, dtype=torch.long)
+        else:
+            bucket = (NUM_BUCKETS * masking_rate.flatten()).long().clamp(max=NUM_BUCKETS - 1)
 
         def count(gradient: Tensor | None) -> None:
             if gradient is None:  # the code beside some weights does not give it
                 return
-            columns = torch.stack((gradient.flatten().float() / scale, is_masked.flatten().float()))
+            columns = torch.stack((gradient.flatten().float() / scale, is_target.flatten().float()))
             self.sums = self.sums.to(columns.device).index_add_(1, bucket, columns)
 
         loss_weights.requires_grad_().register_hook(count)
@@ -62,8 +70,8 @@ class RateBuckets:
     def take(self, trainer: Trainer) -> dict[str, float]:
         """Return the means over all processes since the last call; without the buckets that no token fell into."""
         nll, tokens = trainer.accelerator.reduce(self.sums.to(trainer.args.device), "sum").tolist()
-        self.sums = torch.zeros(2, NUM_BUCKETS)
-        return {name: total / count for name, total, count in zip(BUCKETS, nll, tokens, strict=True) if count}
+        self.sums.zero_()
+        return {name: total / count for name, total, count in zip(self.names, nll, tokens, strict=True) if count}
 
 
 def memory_gib() -> float:
@@ -77,6 +85,11 @@ def memory_gib() -> float:
 # ---- What is shown while it runs
 
 
+def loss_name(history: list[dict[str, Any]]) -> str:
+    """Return what the training loss is: a NELBO, unless the AR loss of the clean stream is in it."""
+    return "NELBO + AR" if any(CLEAN in entry for entry in history) else "NELBO"
+
+
 class ProgressBar(ProgressCallback):
     """The bar of transformers, with the speed beside the time left, and a line of the log instead of a dictionary."""
 
@@ -87,9 +100,11 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix_str(f"{logs['train_tokens_per_second']:,.0f} tokens/s", refresh=False)
         if "loss" in logs:
             buckets = " ".join(f"{logs[name]:.2f}" if name in logs else "-" for name in BUCKETS)
+            clean = f"  clean {logs[CLEAN]:.3f}" if CLEAN in logs else ""
             self.training_bar.write(
-                f"step {state.global_step}  NELBO {logs['loss']:.4f}  NLL by t {buckets}  gradient "
-                f"{logs.get('grad_norm', 0):.3g}  lr {logs['learning_rate']:.3g}  {logs['memory_gib']:.1f} GiB"
+                f"step {state.global_step}  {loss_name([logs])} {logs['loss']:.4f}  NLL by t {buckets}{clean}  "
+                f"gradient {logs.get('grad_norm', 0):.3g}  lr {logs['learning_rate']:.3g}  "
+                f"{logs['memory_gib']:.1f} GiB"
             )
         elif "eval_loss" in logs:
             self.training_bar.write(f"step {state.global_step}  held-out NELBO {logs['eval_loss']:.4f}")
@@ -134,13 +149,14 @@ def draw_curves(history: list[dict[str, Any]], file: Path) -> None:
         if points:
             axis.plot(*zip(*points, strict=True), label=label, **style)
 
-    curve(axes[0], "loss", "training")
-    curve(axes[0], "eval_loss", "held out", marker="o")
+    curve(axes[0], "loss", f"training, {loss_name(history)}")
+    curve(axes[0], "eval_loss", "held out, NELBO", marker="o")
     for i, name in enumerate(BUCKETS):
         low, high = name.split("_")[2:]
         curve(axes[1], name, f"t from {low} to {high}", color=(0.1 + 0.15 * i, 0.2, 0.7 - 0.12 * i))
+    curve(axes[1], CLEAN, "clean stream", color="0.5", linestyle="--")
     curve(axes[2], "grad_norm", "before clipping")
-    for axis, title in zip(axes, ("NELBO", "NLL of masked tokens", "gradient norm"), strict=True):
+    for axis, title in zip(axes, ("loss", "NLL of tokens", "gradient norm"), strict=True):
         axis.set(title=title, xlabel="optimizer step", ylabel="" if "norm" in title else "nats per token")
         axis.grid(alpha=0.3)
         if axis.lines:
@@ -155,7 +171,7 @@ def write_card(trainer: Trainer, counts: list[dict[str, Any]], command: Sequence
     losses = [entry for entry in history if "loss" in entry or "eval_loss" in entry]
     shown = losses[:: max(1, len(losses) // 10)] + losses[-1:]
     results = [
-        {"step": entry["step"], "NELBO": entry.get("loss", ""), "held out": entry.get("eval_loss", "")}
+        {"step": entry["step"], loss_name(history): entry.get("loss", ""), "held out": entry.get("eval_loss", "")}
         for entry in {id(entry): entry for entry in shown}.values()
     ]
     speed = [entry["train_tokens_per_second"] for entry in history if "train_tokens_per_second" in entry]
@@ -177,7 +193,7 @@ def write_card(trainer: Trainer, counts: list[dict[str, Any]], command: Sequence
         "### Data",
         make_markdown_table(counts),
         "### Result",
-        "NELBO in nats per response token.",
+        "Nats per response token; held out it is the NELBO.",
         make_markdown_table(results) if results else "Nothing was logged.",
         "![Curves of the run](training.png)",
         "### Settings",

@@ -10,6 +10,7 @@ killed goes on from its last checkpoint by the same command with `--resume_from_
 The file reads in this order: trainer, main.
 """
 
+import math
 import shutil
 import sys
 import warnings
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -61,7 +63,7 @@ logger = logging.get_logger(__name__)
 
 
 class BD3LMTrainer(Trainer):
-    """Trainer whose loss is the NELBO per response token, just like the parent with five differences.
+    """Trainer whose loss is the NELBO per response token, just like the parent with six differences.
 
     1. Batches arrive with all response tokens as labels, which the parent counts as `num_items_in_batch` over
        accumulation and processes. `compute_loss` then draws the noise and leaves only masked tokens as labels.
@@ -69,21 +71,30 @@ class BD3LMTrainer(Trainer):
        batch 8 x 1 or 2 x 4, one process or two, resumed or not, the same rows get the same noise.
     3. Evaluation has fixed masks of the linear schedule, and `eval_loss` is the sum over the set / its response
        tokens, exact in one process.
-    4. Beside the loss it logs the cross-entropy of masked tokens by masking rate, and memory.
-    5. It stops before a step that would make the weights NaN; of checkpoints that fail nothing is left.
+    4. `ar_loss_weight` times the AR loss of the clean stream is added to the loss in training.
+    5. Beside the loss it logs the cross-entropy of masked tokens by masking rate, that of the clean stream, memory.
+    6. It stops before a step that would make the weights NaN; of checkpoints that fail nothing is left.
     """
 
-    def __init__(self, *args, noise_schedule: str = "linear", **kwargs):
+    def __init__(self, *args, noise_schedule: str = "linear", ar_loss_weight: float = 0.0, **kwargs):
         if noise_schedule not in NOISE_SCHEDULES:
             raise InputError(f'noise_schedule="{noise_schedule}" is unknown. Choose {" or ".join(NOISE_SCHEDULES)}.')
         super().__init__(*args, **kwargs)
+        if not 0 <= ar_loss_weight < math.inf:
+            raise InputError(f"ar_loss_weight={ar_loss_weight} is not a factor >= 0. Around 0.5 was measured.")
+        if ar_loss_weight and self.model.config.context_attention != "causal":
+            raise InputError(
+                "The AR loss needs a clean stream that reads from left to right. This model has context_attention="
+                f'"{self.model.config.context_attention}": convert it with --context_attention causal, or leave '
+                "--ar_loss_weight out."
+            )
         if self.args.n_gpu > 1:
             raise InputError(
                 f"One process sees {self.args.n_gpu} GPUs, and would number the rows of a step wrongly. Start one for "
                 f"each, torchrun --nproc_per_node {self.args.n_gpu} train_bd3lm.py, or hide the others with "
                 "CUDA_VISIBLE_DEVICES=0."
             )
-        self.noise_schedule = noise_schedule
+        self.noise_schedule, self.ar_loss_weight = noise_schedule, ar_loss_weight
         self.buckets = RateBuckets()
         self.step_rows, self.step_losses = [], []  # of this process, one per micro-batch
         self.add_callback(StopBeforeNaN(self))
@@ -117,9 +128,10 @@ class BD3LMTrainer(Trainer):
         inputs = self.add_noise(inputs, model.training)
         masking_rate = inputs.pop("masking_rate")
         if model.training:
-            scale = self.args.world_size if self.args.average_tokens_across_devices else 1
-            is_masked = inputs["labels"] != IGNORE
-            self.buckets.watch(inputs["loss_weights"], masking_rate, is_masked, scale / num_items_in_batch)
+            scale = (self.args.world_size if self.args.average_tokens_across_devices else 1) / num_items_in_batch
+            self.buckets.watch(inputs["loss_weights"], inputs["labels"] != IGNORE, scale, masking_rate)
+            if self.ar_loss_weight:
+                self.buckets.watch(inputs["clean_loss_weights"], inputs["clean_loss_weights"] > 0, scale)
         return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
 
     def add_noise(self, batch: dict[str, Tensor], is_training: bool) -> dict[str, Tensor]:
@@ -129,6 +141,9 @@ class BD3LMTrainer(Trainer):
         schedule = self.noise_schedule if is_training else "linear"
         x_0, rows = batch["input_ids"], batch["row"].tolist()
         noise = make_loss_inputs(x_0, batch["labels"], self.model.config, key, rows, schedule)
+        if is_training and self.ar_loss_weight:
+            is_next = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))  # the clean stream at i predicts token i + 1
+            noise["clean_loss_weights"] = is_next * self.ar_loss_weight
         return {"input_ids": x_0, "attention_mask": batch["attention_mask"], **noise}
 
     def training_step(self, *args, **kwargs) -> Tensor:
@@ -230,6 +245,11 @@ class DataArguments:
         default="linear",
         help="Which masking rates are drawn: all alike, light ones more often, or those in [0.3, 0.8] alone, for "
         "blocks of about 16; there the training loss is no NELBO. Held-out figures are always linear.",
+    )
+    ar_loss_weight: float = HfArg(
+        default=0.0,
+        help="Add so many times the AR loss of the clean stream, at next to no cost; wants a model converted with "
+        "--context_attention causal.",
     )
     lora_rank: int = HfArg(default=0, help="Train a LoRA adapter of this rank on all linear layers; 0: all weights.")
     answer_steps: int = HfArg(default=500, help="Print answers to two prompts every so many steps; 0: never.")
@@ -384,6 +404,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         data_collator=collate,
         noise_schedule=data_args.noise_schedule,
+        ar_loss_weight=data_args.ar_loss_weight,
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

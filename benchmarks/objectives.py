@@ -58,15 +58,13 @@ from ablation import (
     spread,
     train,
     train_options,
-    view_of,
 )
 from datasets import Dataset
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from arclm.data_bd3lm import IGNORE, collate
-from arclm.linear_cross_entropy import linear_cross_entropy
-from arclm.modeling_arclm import ArcLMForDiffusionLM, ArcLMOutput
+from arclm.modeling_arclm import ArcLMForDiffusionLM
 from arclm.noise_bd3lm import T_MIN
 from arclm.train_bd3lm import BD3LMTrainer
 
@@ -102,51 +100,19 @@ class ComplementaryTrainer(BD3LMTrainer):
         return both | {"loss_weights": both["loss_weights"] / 2}
 
 
-class ARLossTrainer(BD3LMTrainer):
-    """Gives `ARLossForDiffusionLM` what its clean stream has to predict."""
-
-    def add_noise(self, batch: dict[str, torch.Tensor], is_training: bool) -> dict[str, torch.Tensor]:
-        inputs = super().add_noise(batch, is_training)
-        return inputs | ({"clean_labels": batch["labels"]} if is_training else {})
-
-
-class ARLossForDiffusionLM(ArcLMForDiffusionLM):
-    """arcLM whose loss is that of the noisy stream plus `AR_WEIGHT` times the parent's of the clean one."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        if config.context_attention != "causal":
-            raise ValueError("The clean stream has read what it is to predict. Set context_attention to causal.")
-
-    def forward(self, input_ids=None, attention_mask=None, *, clean_labels=None, **kwargs):
-        """As the parent; with clean_labels [B, T], the response tokens and -100, both losses in one pass."""
-        if clean_labels is None:
-            return super().forward(input_ids, attention_mask, **kwargs)
-        labels, num_items, weight = kwargs["labels"], kwargs["num_items_in_batch"], self.lm_head.weight
-        hidden = self.model(
-            input_ids, attention_mask, noisy_input_ids=kwargs["noisy_input_ids"], needed=labels != IGNORE
-        )
-        noisy = linear_cross_entropy(
-            hidden.predictive_hidden_state, weight, labels, kwargs["loss_weights"], num_items_in_batch=num_items
-        )
-        before, targets = hidden.clean_last_hidden_state[:, :-1], clean_labels[:, 1:]
-        clean = linear_cross_entropy(before, weight, targets, num_items_in_batch=num_items)
-        return ArcLMOutput(loss=noisy + AR_WEIGHT * clean)
-
-
 class Variant(NamedTuple):
     """How a model is trained, where it differs from the baseline.
 
     Fields:
         config: fields of the converted model's configuration, which no weight depends on.
+        trainer, trainer_options: what trains.
         options: of train_bd3lm.py.
         control: the variant that it is compared with.
     """
 
     config: dict = {}
-    cls: type[ArcLMForDiffusionLM] = ArcLMForDiffusionLM
     trainer: type[BD3LMTrainer] = BD3LMTrainer
-    noise_schedule: str = "linear"
+    trainer_options: dict = {}
     options: str = ""
     control: str = "baseline"
 
@@ -157,9 +123,9 @@ VARIANTS = {
     "unshifted logits": Variant({"right_shift_logits": False}),
     "complementary masks": Variant(trainer=ComplementaryTrainer, options="--per_device_train_batch_size 8"),
     "causal context": Variant(CAUSAL),
-    "AR loss": Variant(CAUSAL, ARLossForDiffusionLM, ARLossTrainer, control="causal context"),
-    "cosine": Variant(noise_schedule="cosine"),
-    "clipped": Variant(noise_schedule="clipped"),
+    "AR loss": Variant(CAUSAL, trainer_options={"ar_loss_weight": AR_WEIGHT}, control="causal context"),
+    "cosine": Variant(trainer_options={"noise_schedule": "cosine"}),
+    "clipped": Variant(trainer_options={"noise_schedule": "clipped"}),
 }
 
 
@@ -207,9 +173,10 @@ def run(name: str, seed: int, args: ObjectivesArguments) -> dict:
         return record
     start, variant = time.perf_counter(), VARIANTS[name]
     options = [*train_options(args, seed), *variant.options.split()]
-    make_trainer = partial(variant.trainer, noise_schedule=variant.noise_schedule)
-    trainer, curve = train(options, variant.cls, {"nelbo": ArcLMForDiffusionLM}, args, make_trainer, **variant.config)
-    model = view_of(trainer.model, ArcLMForDiffusionLM)
+    make_trainer = partial(variant.trainer, **variant.trainer_options)
+    arclm = ArcLMForDiffusionLM
+    trainer, curve = train(options, arclm, {"nelbo": arclm}, args, make_trainer, **variant.config)
+    model = trainer.model.eval()
     is_causal = model.config.context_attention == "causal"
     record = {
         "variant": name,

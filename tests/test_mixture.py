@@ -1,14 +1,21 @@
 """The mixture of the model card: in small, as directories in the schemas of the Hub, and where it lies, for real."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import chat
 from datasets import load_dataset
 from rows import ALPACA, CALL_TEXT, HERMES_TURNS, OPEN_THOUGHTS, S1K, THINKING_TURNS, make_dataset
 
 from arclm import data_bd3lm as data
 from arclm.data_bd3lm import load_samples, read_rows
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import mixture
 
 
 HUB = Path(__file__).resolve().parents[2] / "shared" / "data" / "hub"
@@ -95,3 +102,23 @@ def test_the_mixture_of_the_real_schemas(qwen_tokenizer, config, monkeypatch):
     assert whys[2] == "1 tool call without a name"  # it stands among the arguments
     assert set(whys[:2] + whys[4:]) == {""}
     assert len(samples) == sum(count["samples"] for count in counts)
+
+
+def test_padding_is_what_a_longer_row_of_the_batch_costs():
+    lengths = torch.tensor([4, 2, 2, 8, 1])
+    assert mixture.padding(lengths, [0, 1, 2, 3, 4], 2) == pytest.approx(1 - 17 / 25)  # 2 x 4 + 2 x 8 + 1
+    assert mixture.padding(lengths, [1, 2, 0, 3, 4], 2) == pytest.approx(1 - 17 / 21)
+    assert mixture.padding(lengths, [3, 1, 0, 2, 4], 1) == 0
+
+
+def test_the_benchmark_of_the_mixture_writes_what_it_counts(small_hub, tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = ["--tokenizer_name_or_path", str(tmp_path / "tokenizer"), "--output_file", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["mixture.py", *options])
+    mixture.main()
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert [line["rows"] for line in record["data"]] == [2, 2, 8, 2, 2, 2]
+    assert record["padding"][0] == {"batch": 1, "shuffled": [0, 0, 0], "grouped": [0, 0, 0]}
+    assert 0 < min(record["padding"][1]["grouped"]) < 1
+    response = sum(line["response tokens"] for line in record["data"])
+    assert 0 < record["fill"]["tokens"] < response

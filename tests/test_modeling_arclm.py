@@ -274,6 +274,21 @@ def test_labels_give_the_weighted_unshifted_loss():
 
 
 @pytest.mark.parametrize("shift", [False, True])
+def test_clean_loss_weights_add_the_ar_loss_of_the_clean_stream(shift):
+    model, x_0 = tiny_model(context_attention="causal", right_shift_logits=shift), tokens(2, 75)
+    x_t = noisy(x_0)
+    inputs = {"noisy_input_ids": x_t, "labels": torch.where(x_t == MASK, x_0, -100), "num_items_in_batch": 13}
+    weights = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(0))
+    weights[:, :30] = 0
+    log_probs = model(x_0).logits[:, :-1].log_softmax(-1).gather(2, x_0[:, 1:, None])[..., 0]
+    expected = model(x_0, **inputs).loss - (log_probs * weights[:, :-1]).sum() / 13
+    assert error(model(x_0, **inputs, clean_loss_weights=weights).loss, expected) < 1e-5
+    mean = model(x_0, **inputs | {"num_items_in_batch": None}, clean_loss_weights=(weights > 0).float()).loss
+    expected = model(x_0, **inputs | {"num_items_in_batch": None}).loss - log_probs[:, 30:].mean()
+    assert error(mean, expected) < 1e-5
+
+
+@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_only_noisy_blocks_with_labels_are_read_and_nothing_else_changes(shift, side):
     """Loss and gradients equal those of a pass that reads every noisy block."""
@@ -353,6 +368,15 @@ def bad_calls():
         )(noisy_input_ids=x, past_key_values=m(x, use_cache=True).past_key_values),
         r"The cache holds \[13, 13\] tokens per row, not multiples of block_size=16": lambda m: m(
             noisy_input_ids=x, past_key_values=m(x[:, :13], use_cache=True).past_key_values
+        ),
+        r'clean_loss_weights do not go with context_attention="block_causal"': lambda m: m(
+            x, noisy_input_ids=x, labels=x, clean_loss_weights=torch.ones(2, 16)
+        ),
+        r"clean_loss_weights \[2, 15\] want input_ids, noisy_input_ids and labels": lambda m: tiny_model(
+            context_attention="causal"
+        )(x, noisy_input_ids=x, labels=x, clean_loss_weights=torch.ones(2, 15)),
+        r"clean_loss_weights \[2, 16\] want .* For an AR loss alone": lambda m: tiny_model(context_attention="causal")(
+            x, labels=x, clean_loss_weights=torch.ones(2, 16)
         ),
         r"labels must be \[2, 16\]": lambda m: m(x, noisy_input_ids=x, labels=x[:, 1:]),
         r"loss_weights must be \[2, 16\]": lambda m: m(x, noisy_input_ids=x, labels=x, loss_weights=torch.ones(2, 1)),

@@ -40,8 +40,8 @@ def samples(nano_tokenizer, config, tmp_path_factory):
     return load_samples(read_rows(file, None, ""), nano_tokenizer, config, max_length=256)[0]
 
 
-def loss_by_hand(model, samples, config, key, schedule="linear") -> torch.Tensor:
-    """The NELBO per response token from full logits, one row at a time."""
+def loss_by_hand(model, samples, config, key, schedule="linear", ar_loss_weight=0.0) -> torch.Tensor:
+    """The NELBO per response token, and the AR loss, from full logits, one row at a time."""
     total, response_tokens = 0.0, 0
     for i, sample in enumerate(samples):
         x_0, labels = torch.tensor([sample["input_ids"]]), torch.tensor([sample["labels"]])
@@ -50,20 +50,41 @@ def loss_by_hand(model, samples, config, key, schedule="linear") -> torch.Tensor
         is_masked = noise["noisy_input_ids"] != x_0
         nll = F.cross_entropy(logits[is_masked], x_0[is_masked], reduction="none")
         total = total + (nll * noise["loss_weights"][is_masked]).sum()
+        if ar_loss_weight:
+            clean = F.cross_entropy(model(x_0).logits[0, :-1], labels[0, 1:], reduction="sum")
+            total = total + ar_loss_weight * clean
         response_tokens += (labels != IGNORE).sum().item()
     return total / response_tokens
 
 
+def causal(config):
+    """The same model with a clean stream that reads from left to right."""
+    return type(config)(**(config.to_diff_dict() | {"context_attention": "causal"}))
+
+
 @pytest.mark.parametrize(
-    ("batch", "accumulation", "schedule"),
-    [(8, 1, "linear"), (2, 4, "linear"), (3, 3, "linear"), (2, 4, "cosine"), (2, 4, "clipped"), (8, 1, "clipped")],
+    ("batch", "accumulation", "schedule", "ar_loss_weight"),
+    [
+        (8, 1, "linear", 0.0),
+        (2, 4, "linear", 0.0),
+        (3, 3, "linear", 0.0),
+        (2, 4, "cosine", 0.0),
+        (2, 4, "clipped", 0.0),
+        (8, 1, "clipped", 0.0),
+        (8, 1, "linear", 0.5),
+        (2, 4, "cosine", 0.5),
+    ],
 )
-def test_gradients_do_not_depend_on_how_a_step_is_divided(config, samples, tmp_path, batch, accumulation, schedule):
+def test_gradients_do_not_depend_on_how_a_step_is_divided(
+    config, samples, tmp_path, batch, accumulation, schedule, ar_loss_weight
+):
     options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "seed": 5}
+    if ar_loss_weight:
+        config = causal(config)
     trainer = make_trainer(config, samples, tmp_path, **options)
-    trainer.noise_schedule = schedule
+    trainer.noise_schedule, trainer.ar_loss_weight = schedule, ar_loss_weight
     reference = tiny_model(**config.to_diff_dict())
-    loss = loss_by_hand(reference, samples, config, (5, 0), schedule)
+    loss = loss_by_hand(reference, samples, config, (5, 0), schedule, ar_loss_weight)
     loss.backward()
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     assert trainer.train().training_loss == pytest.approx(loss.item(), rel=1e-5)
@@ -107,12 +128,36 @@ def test_an_unknown_schedule_is_named():
         bd3lm.BD3LMTrainer(noise_schedule="log")
 
 
+def test_an_ar_loss_that_cannot_be_is_refused(config, samples, tmp_path):
+    args = TrainingArguments(tmp_path)
+    for options, weight, message in [
+        ({}, 0.5, r"reads from left to right.*=\"block_causal\": convert it with --context_attention causal"),
+        ({"context_attention": "causal"}, -1.0, r"ar_loss_weight=-1\.0 is not a factor >= 0"),
+        ({"context_attention": "causal"}, float("nan"), r"ar_loss_weight=nan is not a factor >= 0"),
+    ]:
+        with pytest.raises(bd3lm.InputError, match=message):
+            bd3lm.BD3LMTrainer(tiny_model(**options), args, ar_loss_weight=weight)
+
+
+def test_the_log_has_the_ar_loss_of_the_clean_stream(config, samples, tmp_path):
+    config = causal(config)
+    trainer = make_trainer(config, samples, tmp_path, logging_steps=1, per_device_train_batch_size=2)
+    trainer.ar_loss_weight = 0.5
+    model, total, count = tiny_model(**config.to_diff_dict()), 0.0, 0
+    trainer.train()
+    for row in samples.select(range(2)):  # those of the first step
+        logits, labels = model(torch.tensor([row["input_ids"]])).logits[0, :-1], torch.tensor(row["labels"])
+        total += F.cross_entropy(logits, labels[1:], reduction="sum").item()
+        count += (labels != IGNORE).sum().item()
+    assert trainer.state.log_history[0]["nll_clean"] == pytest.approx(total / count, rel=1e-4)
+
+
 def test_cross_entropies_are_sorted_by_rate_not_by_weight():
     buckets, losses = RateBuckets(), torch.tensor([[1.0, 2.0, 3.0, 5.0, 7.0]])
     weights, rates = torch.full((1, 5), 3.0), torch.tensor([[0.1, 0.5, 0.55, 1.0, 0.9]])
-    buckets.watch(weights, rates, torch.tensor([[True, True, True, True, False]]), 0.5)
+    buckets.watch(weights, torch.tensor([[True, True, True, True, False]]), 0.5, rates)
     (weights * losses * 0.5)[:, :4].sum().backward()
-    assert buckets.sums.tolist() == [[1, 0, 5, 0, 5], [1, 0, 2, 0, 1]]
+    assert buckets.sums.tolist() == [[1, 0, 5, 0, 5, 0], [1, 0, 2, 0, 1, 0]]
 
 
 # ---- Main
@@ -129,7 +174,7 @@ def test_the_defaults_are_the_run_of_the_card():
     assert (data_args.max_length, args.gradient_checkpointing) == (2048, True)
     assert args.optim.startswith("adamw")
     assert bd3lm.parse_args(["--gradient_checkpointing", "false"])[1].gradient_checkpointing is False
-    assert data_args.noise_schedule == "linear"
+    assert (data_args.noise_schedule, data_args.ar_loss_weight) == ("linear", 0)
     assert get_args(get_type_hints(bd3lm.DataArguments)["noise_schedule"]) == tuple(NOISE_SCHEDULES)
     assert args.use_cpu == (not torch.accelerator.is_available())  # or torchrun would train a model per process
 

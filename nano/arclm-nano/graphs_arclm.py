@@ -11,7 +11,7 @@ block after it. `key_of` says what a captured pass depends on, and where there i
 
 import weakref
 from collections.abc import Callable
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class CapturedPass:
         self, model: nn.Module, context: "StaticContext", ids: torch.Tensor, streams: Streams, capture: Callable
     ):
         self.ids, self.stamp = ids.clone(), None
-        self.streams = Streams(*(x.clone() if isinstance(x, torch.Tensor) else x for x in streams))
+        self.streams = deepcopy(streams)
         commit = streams.num_noisy < ids.shape[1]
 
         def read() -> tuple:
@@ -87,9 +87,8 @@ class CapturedPass:
 
     def lay_out(self, streams: Streams, stamp: torch.Tensor | None) -> None:
         """Copy streams of the same shapes in."""
-        for buffer, content in zip(self.streams, streams, strict=True):
-            if isinstance(buffer, torch.Tensor):
-                buffer.copy_(content)
+        for buffer, content in zip(self.streams.tensors(), streams.tensors(), strict=True):
+            buffer.copy_(content)
         self.stamp = stamp
 
 

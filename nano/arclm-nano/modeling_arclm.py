@@ -25,16 +25,17 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Attention, Qwen3_5MLP, Qwen3_5RMSNorm
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5MLP, Qwen3_5RMSNorm
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .attention_arclm import ArcLMAttention
 from .cache_arclm import ArcLMCache, CacheAccess, last_tokens
 from .configuration_arclm import ArcLMConfig
 from .gated_delta_rule import DeltaRuleInputs, gated_delta_rule
 from .generation_bd3lm import BD3LMGenerationMixin
 from .layers_arclm import ArcLMConv1d, ArcLMRMSNormGated, use_arclm_linear
 from .linear_cross_entropy import linear_cross_entropy
-from .streams_arclm import Streams, check_inputs, shift_right
+from .streams_arclm import Streams, check_inputs, clean_targets, shift_right
 
 
 class ArcLMGatedDeltaNet(nn.Module):
@@ -139,7 +140,7 @@ class ArcLMDecoderLayer(GradientCheckpointingLayer):
         if self.is_linear:
             self.linear_attn = ArcLMGatedDeltaNet(config, layer_idx)
         else:
-            self.self_attn = Qwen3_5Attention(config, layer_idx)
+            self.self_attn = ArcLMAttention(config, layer_idx)
         self.mlp = Qwen3_5MLP(config, config.intermediate_size)
         self.input_layernorm = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -150,10 +151,7 @@ class ArcLMDecoderLayer(GradientCheckpointingLayer):
         if self.is_linear:
             mixed = self.linear_attn(normed, streams, access)
         else:
-            # is_causal=False: the mask says it all, and without one every key is visible
-            mixed, _ = self.self_attn(
-                normed, (streams.cos, streams.sin), streams.attention_mask, past_key_values=access, is_causal=False
-            )
+            mixed = self.self_attn(normed, (streams.cos, streams.sin), streams.attention, access)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -332,7 +330,14 @@ class ArcLMModel(ArcLMPreTrainedModel):
 
 
 class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, GenerationMixin):
-    """arcLM with its language-model head: the class that `AutoModel.from_pretrained` returns."""
+    """arcLM with its language-model head: the class that `AutoModel.from_pretrained` returns.
+
+    - `input_ids`: the clean stream. Logits at position i predict token i + 1, as the parent's.
+    - `input_ids, noisy_input_ids`: both streams in one pass. Noisy logits at position i predict token i.
+    - `input_ids, past_key_values` (or `use_cache=True`): prefill or commit; appends to the cache.
+    - `noisy_input_ids, past_key_values`: a denoising step on the block after the context; changes nothing.
+    - all three: a commit, and a denoising step on the block after it.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     # the loss is a sum divided by `num_items_in_batch`, so the Trainer must not divide it again
@@ -362,6 +367,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         use_cache: bool | None = None,
         labels: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
+        clean_loss_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         block_size: int | None = None,
         logits_to_keep: int | torch.Tensor | tuple[torch.Tensor, ...] = 0,
@@ -369,13 +375,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         graphs: Callable[..., torch.Tensor | None] | None = None,
         **kwargs,
     ) -> ArcLMOutput | tuple:
-        """Read the clean stream, the noisy stream, or both.
-
-        - `input_ids`: the clean stream. Logits at position i predict token i + 1, as the parent's.
-        - `input_ids, noisy_input_ids`: both streams in one pass. Noisy logits at position i predict token i.
-        - `input_ids, past_key_values` (or `use_cache=True`): prefill or commit; appends to the cache.
-        - `noisy_input_ids, past_key_values`: a denoising step on the block after the context; changes nothing.
-        - `input_ids, noisy_input_ids, past_key_values`: a commit, and a denoising step on the block after it.
+        """Read the clean stream, the noisy stream, or both: the five passes of the class.
 
         Args:
             input_ids: [B, T] clean token ids, x_0.
@@ -385,7 +385,8 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
             use_cache: make a cache where none is given (`True`), or leave the given one unchanged (`False`).
             labels: [B, T] target ids, -100 for no target, compared with the logits at the same position.
             loss_weights: [B, T] float factor of each position's cross-entropy, 1 if `None`.
-            num_items_in_batch: what the sum is divided by, the number of targets if `None`.
+            clean_loss_weights: [B, T] float, 0 for no target: adds the AR loss of the clean stream in the same pass.
+            num_items_in_batch: what each sum is divided by, the number of its targets if `None`.
             block_size: tokens per block, the trained size if `None`.
             logits_to_keep: how many last columns get logits, 0 for all; or which M positions, [M, V], as [B, T] bool
                 or as rows [M] and columns [M].
@@ -400,17 +401,21 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
             raise TypeError(f"forward() got unknown arguments {', '.join(unknown)}.")
         inputs = {"noisy_input_ids": noisy_input_ids, "past_key_values": past_key_values, "block_size": block_size}
         hidden = None if graphs is None else graphs(self.model, input_ids, attention_mask, **inputs)
-        output = ArcLMOutput(past_key_values=past_key_values)
-        if hidden is None:
-            needed = None if labels is None else labels != -100
-            more = {"use_cache": use_cache, "needed": needed, "output_hidden_states": output_hidden_states}
-            outputs = self.model(input_ids, attention_mask, **inputs, **more)
-            output = ArcLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
-            hidden = outputs.predictive_hidden_state
+        if hidden is not None:
+            return ArcLMOutput(logits=self.lm_head(_kept(hidden, logits_to_keep)), past_key_values=past_key_values)
+        needed = None if labels is None else labels != -100
+        more = {"use_cache": use_cache, "needed": needed, "output_hidden_states": output_hidden_states}
+        outputs = self.model(input_ids, attention_mask, **inputs, **more)
+        output = ArcLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+        hidden, weight = outputs.predictive_hidden_state, self.lm_head.weight
         if labels is None:
             output.logits = self.lm_head(_kept(hidden, logits_to_keep))
         else:
-            output.loss = linear_cross_entropy(hidden, self.lm_head.weight, labels, loss_weights, num_items_in_batch)
+            output.loss = linear_cross_entropy(hidden, weight, labels, loss_weights, num_items_in_batch)
+        if clean_loss_weights is not None:
+            targets = clean_targets(clean_loss_weights, input_ids, noisy_input_ids, labels, self.config)
+            clean = (outputs.clean_last_hidden_state, weight, targets, clean_loss_weights, num_items_in_batch)
+            output.loss += linear_cross_entropy(*clean)
         return output
 
 

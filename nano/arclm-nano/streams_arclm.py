@@ -6,7 +6,26 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .attention_arclm import AttentionPart
 from .cache_arclm import ArcLMCache
+
+
+# Queries that attend at once, in longer passes: more of them look at keys in vain, fewer take more calls.
+PART_SIZE = 512
+
+
+class _Keys(NamedTuple):
+    """The keys of an attention layer.
+
+    Fields:
+        columns: [S] where in the pass they come from, -1 for the context.
+        position_ids: [B or 1, S], -1 for the context, which every query may see.
+        is_token: [B or 1, S] bool; `None` where all are tokens.
+    """
+
+    columns: torch.Tensor
+    position_ids: torch.Tensor
+    is_token: torch.Tensor | None
 
 
 class Streams(NamedTuple):
@@ -37,8 +56,7 @@ class Streams(NamedTuple):
         token_mask: [B, T] bool of the aligned rows, True for tokens, False for padding, which is on the right; `None`
             without padding.
         cos, sin: [B or 1, columns, rotary_dim] rotary embedding.
-        attention_mask: [B or 1, 1, columns, context + columns], True (0.0 for eager attention) where a query may
-            attend to a key; `None` where every query may attend to every key.
+        attention: which keys the columns attend to, part by part.
     """
 
     num_noisy: int
@@ -49,7 +67,7 @@ class Streams(NamedTuple):
     token_mask: torch.Tensor | None
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
+    attention: tuple[AttentionPart, ...] = ()
 
     @classmethod
     def of(
@@ -101,32 +119,84 @@ class Streams(NamedTuple):
         one_stream = self.num_noisy == columns or (self.num_noisy == 0 and config.context_attention == "block_causal")
         padding = self.token_mask is not None or (cache is not None and cache.token_mask is not None)
         if one_stream and columns <= self.block_size and not padding:  # a block sees all of itself and of its context
-            return self._replace(cos=cos, sin=sin)
+            context = 0 if cache is None else cache.num_columns
+            every = AttentionPart(slice(columns), (slice(context + columns),), None)
+            return self._replace(cos=cos, sin=sin, attention=(every,))
 
-        noisy = torch.arange(columns, device=cos.device) < self.num_noisy
-        mask = _attention_mask(self.position_ids, noisy, self.block_size, config.context_attention == "causal")
-        keys, tokens = self.token_mask, columns - self.num_noisy
+        keys, attention = self._keys(cache), []
+        for queries, slices in self._parts(keys.columns.numel() - columns):
+            seen = _Keys(*(x if x is None else torch.cat([x[..., part] for part in slices], -1) for x in keys))
+            mask = self._may_attend(queries, seen, config.context_attention == "causal")[:, None]
+            if config._attn_implementation == "eager":  # eager attention adds its mask to the scores
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+            attention.append(AttentionPart(queries, slices, mask))
+        return self._replace(cos=cos, sin=sin, attention=tuple(attention))
+
+    def _parts(self, context: int) -> list[tuple[slice, tuple[slice, ...]]]:
+        """Cut the queries into parts of whole blocks, and say which of the keys each needs."""
+        columns, blocks = self.position_ids.shape[1], max(1, PART_SIZE // self.block_size)
+        if columns <= max(PART_SIZE, 2 * self.block_size):
+            return [(slice(columns), (slice(context + columns),))]
+        size, noisy, parts = blocks * self.block_size, slice(self.num_noisy), []
+        if self.noisy_blocks is not None:  # keys [noisy ; clean]
+            first = clean = self.num_noisy
+            blocks_before = self.noisy_blocks.amax(0).tolist()
+            for start in range(0, self.num_noisy, size):
+                noisy = slice(start, min(start + size, self.num_noisy))
+                before = blocks_before[noisy.stop // self.block_size - 1] * self.block_size
+                parts.append((noisy, (noisy, slice(first, first + before))))
+        else:  # keys [context ; clean ; noisy]
+            first, clean = 0, context
+            if self.num_noisy:
+                parts.append((noisy, (slice(context + columns),)))
+        for start in range(0, columns - self.num_noisy, size):
+            stop = min(start + size, columns - self.num_noisy)
+            parts.append((slice(self.num_noisy + start, self.num_noisy + stop), (slice(first, clean + stop),)))
+        return parts
+
+    def _keys(self, cache: ArcLMCache | None) -> "_Keys":
+        """The keys of the pass: [noisy ; clean], with a cache [context ; clean ; noisy]."""
+        columns, is_token = torch.arange(self.position_ids.shape[1], device=self.position_ids.device), self.token_mask
+        tokens = len(columns) - self.num_noisy
         if self.noisy_blocks is None:
-            if keys is not None and keys.shape[1] < columns:  # the padding is in the clean stream
-                keys = F.pad(keys, (self.num_noisy, 0), value=True)
-        elif keys is not None or tokens % self.block_size:
+            if is_token is not None and is_token.shape[1] < len(columns):  # the padding is in the clean stream
+                is_token = F.pad(is_token, (self.num_noisy, 0), value=True)
+        elif is_token is not None or tokens % self.block_size:
             # the noisy stream has whole blocks, the last of which may go beyond the row
-            keys = mask.new_ones(1, tokens) if keys is None else keys
-            noisy_keys = self.position_ids[:, : self.num_noisy] < keys.sum(1, keepdim=True)
-            rows = max(len(noisy_keys), len(keys))
-            keys = torch.cat((noisy_keys.expand(rows, -1), keys.expand(rows, -1)), 1)
-        if keys is not None:  # a padding query keeps itself, for a softmax over nothing is NaN
-            mask = mask & keys[:, None] | torch.eye(columns, dtype=torch.bool, device=mask.device)
-        if cache is not None:
-            mask = mask.roll(-self.num_noisy, -1)  # the cache puts the noisy stream behind the clean one
-        if cache is not None and cache.num_columns:
-            context = mask.new_ones(1, 1, cache.num_columns) if cache.token_mask is None else cache.token_mask[:, None]
-            rows = max(len(mask), len(context))
-            mask = torch.cat((context.expand(rows, columns, -1), mask.expand(rows, -1, -1)), -1)
-        mask = mask[:, None]
-        if config._attn_implementation == "eager":  # eager attention adds its mask to the scores
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        return self._replace(cos=cos, sin=sin, attention_mask=mask)
+            is_token = columns.new_ones(1, tokens, dtype=torch.bool) if is_token is None else is_token
+            noisy = self.position_ids[:, : self.num_noisy] < is_token.sum(1, keepdim=True)
+            is_token = _side_by_side(noisy, is_token)
+        keys = _Keys(columns, self.position_ids, is_token)
+        if cache is None:
+            return keys
+        columns, position_ids, is_token = (x if x is None else x.roll(-self.num_noisy, -1) for x in keys)
+        context = cache.num_columns
+        if context and not (is_token is None and cache.token_mask is None):
+            every = columns.new_ones(1, context + len(columns), dtype=torch.bool)
+            is_token = _side_by_side(
+                every[:, :context] if cache.token_mask is None else cache.token_mask,
+                every[:, context:] if is_token is None else is_token,
+            )
+        columns, position_ids = (F.pad(x, (context, 0), value=-1) for x in (columns, position_ids))
+        return _Keys(columns, position_ids, is_token)
+
+    def _may_attend(self, queries: slice, keys: "_Keys", is_causal: bool) -> torch.Tensor:
+        """[B or 1, queries, keys] bool, the drawing above."""
+        q, k = self.position_ids[:, queries, None], keys.position_ids[:, None]
+        columns = torch.arange(queries.start or 0, queries.stop, device=q.device)[:, None]
+        q_is_noisy, k_is_noisy = columns < self.num_noisy, (keys.columns >= 0) & (keys.columns < self.num_noisy)
+        q_block, k_block = q // self.block_size, k // self.block_size
+        block_diagonal = q_is_noisy & k_is_noisy & (q_block == k_block)
+        offset_block_causal = q_is_noisy & ~k_is_noisy & (q_block > k_block)
+        context = ~q_is_noisy & ~k_is_noisy & (q >= k if is_causal else q_block >= k_block)
+        mask = block_diagonal | offset_block_causal | context
+        if keys.is_token is not None:  # a padding query keeps itself, for a softmax over nothing is NaN
+            mask = mask & keys.is_token[:, None] | (columns == keys.columns)
+        return mask
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of the layout, in a fixed order."""
+        return [x for x in (*self, *(part.mask for part in self.attention)) if isinstance(x, torch.Tensor)]
 
     def to_caller(self, hidden_states: torch.Tensor, *, noisy: bool) -> torch.Tensor:
         """Hidden states of one stream, noisy or clean, in the caller's columns [B, T, D]; 0 where not read."""
@@ -148,6 +218,12 @@ def _align(x: torch.Tensor | None, order: torch.Tensor | None) -> torch.Tensor |
     return x if x is None or order is None else x.gather(1, order)
 
 
+def _side_by_side(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Join [B or 1, n] and [B or 1, m]."""
+    rows = max(len(a), len(b))
+    return torch.cat((a.expand(rows, -1), b.expand(rows, -1)), 1)
+
+
 def needed_blocks(needed: torch.Tensor | None, tokens: int, block_size: int, device) -> torch.Tensor:
     """Indices [B or 1, M] of the noisy blocks to read: all, or those with a True in needed [B, T].
 
@@ -159,16 +235,6 @@ def needed_blocks(needed: torch.Tensor | None, tokens: int, block_size: int, dev
     blocks = F.pad(needed, (0, num_blocks * block_size - tokens)).unflatten(1, (num_blocks, block_size)).any(-1)
     most = max(1, int(blocks.sum(1).max()))
     return blocks.int().argsort(dim=1, descending=True, stable=True)[:, :most].sort(1).values
-
-
-def _attention_mask(position_ids: torch.Tensor, noisy: torch.Tensor, block_size: int, causal: bool) -> torch.Tensor:
-    """[B or 1, columns, columns] bool, the drawing above, for positions [B or 1, columns] and `noisy` [columns]."""
-    q, k = position_ids[..., :, None], position_ids[..., None, :]
-    q_block, k_block = q // block_size, k // block_size
-    block_diagonal = noisy[:, None] & noisy & (q_block == k_block)
-    offset_block_causal = noisy[:, None] & ~noisy & (q_block > k_block)
-    context = ~noisy[:, None] & ~noisy & (q >= k if causal else q_block >= k_block)
-    return block_diagonal | offset_block_causal | context
 
 
 def _rotary(config, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,3 +344,27 @@ def check_inputs(
             f"The cache holds {cache.lengths.tolist()} tokens per row, not multiples of block_size={block_size}. "
             "Commit whole blocks, and keep the rest of the prompt at the head of the next block."
         )
+
+
+def clean_targets(
+    clean_loss_weights: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    noisy_input_ids: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    config,
+) -> torch.Tensor:
+    """What the clean stream is to predict [B, T]: at each position the next token, -100 where the weight is 0.
+
+    Raises a ValueError where its loss cannot be added to that of the noisy stream.
+    """
+    if config.context_attention != "causal":
+        raise ValueError(
+            f'clean_loss_weights do not go with context_attention="{config.context_attention}": the clean stream has '
+            "read what it would have to predict. Convert the model with --context_attention causal."
+        )
+    if any(x is None or x.shape != clean_loss_weights.shape for x in (input_ids, noisy_input_ids, labels)):
+        raise ValueError(
+            f"clean_loss_weights {list(clean_loss_weights.shape)} want input_ids, noisy_input_ids and labels of the "
+            "same shape. For an AR loss alone give input_ids and labels."
+        )
+    return F.pad(input_ids[:, 1:], (0, 1), value=-100).masked_fill(clean_loss_weights == 0, -100)

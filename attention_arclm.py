@@ -1,0 +1,78 @@
+"""Softmax attention whose queries may be cut into parts, each over the keys that it can see.
+
+One dense mask over both streams is [2T, 2T], and three quarters of it are False. In parts of some hundred queries the
+masks together, and the products, are about a third of that.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_5.modeling_qwen3_5 import (
+    Qwen3_5Attention,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .cache_arclm import CacheAccess
+
+
+class AttentionPart(NamedTuple):
+    """Some of the queries, and the keys that at least one of them sees.
+
+    Fields:
+        queries: columns of the pass.
+        keys: one or two slices of the keys, side by side.
+        mask: [B or 1, 1, queries, keys], True (0.0 for eager attention) where a query may attend to a key; `None`
+            where every query may attend to every key.
+    """
+
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: torch.Tensor | None
+
+
+class ArcLMAttention(Qwen3_5Attention):
+    """Qwen3.5's gated attention in parts."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        parts: tuple[AttentionPart, ...],
+        access: CacheAccess | None,
+    ) -> torch.Tensor:
+        """Map the columns [B, columns, D] of one or both streams to as many, which attend as `parts` say."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, gate = self.q_proj(hidden_states).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
+        query = self.q_norm(query).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if access is not None:
+            key, value = access.update(key, value, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        outputs = []
+        for part in parts:
+            keys, values = (_columns(x, part.keys) for x in (key, value))
+            # is_causal=False: the mask says it all, and without one every key is visible
+            output, _ = attend(
+                self,
+                query[:, :, part.queries],
+                keys,
+                values,
+                part.mask,
+                dropout=dropout,
+                scaling=self.scaling,
+                is_causal=False,
+            )
+            outputs.append(output)
+        output = torch.cat(outputs, 1) if outputs[1:] else outputs[0]  # [B, columns, H, head_dim]
+        return self.o_proj((output * gate.sigmoid()).flatten(2))
+
+
+def _columns(x: torch.Tensor, slices: tuple[slice, ...]) -> torch.Tensor:
+    """Take columns of [B, H, S, head_dim]."""
+    return torch.cat([x[:, :, part] for part in slices], 2) if slices[1:] else x[:, :, slices[0]]
