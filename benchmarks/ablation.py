@@ -69,8 +69,8 @@ EXACT_MATCH_SEED, NELBO_SEED = 21, 22
 class AblationArguments:
     """How to train and what to measure."""
 
-    max_steps: int = HfArg(default=600, help="Optimizer steps of 16 tasks; every task is seen once.")
-    eval_steps: int = HfArg(default=100, help="Steps between two measurements of the NELBO.")
+    max_steps: int = HfArg(default=2000, help="Optimizer steps of 16 tasks; every task is seen once.")
+    eval_steps: int = HfArg(default=250, help="Steps between two measurements of the NELBO.")
     reasoning_weight: int = HfArg(default=3, help="How many times as often each reasoning kind is drawn.")
     nelbo_tasks: int = HfArg(default=128, help="Held-out tasks, of all kinds equally, for the NELBO.")
     tasks_per_family: int = HfArg(default=80, help="Held-out tasks of every family for exact match.")

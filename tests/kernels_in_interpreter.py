@@ -70,8 +70,7 @@ def in_pytorch(logits: torch.Tensor, is_suppressed: torch.Tensor) -> tuple[torch
 
 
 def assert_equal_to_pytorch(logits: torch.Tensor, is_suppressed: torch.Tensor) -> None:
-    is_masked = torch.ones(len(logits), dtype=torch.bool)
-    tokens, confidence, entropy, is_finite = kernels.sample_rows(logits, is_masked, is_suppressed, MASK)
+    tokens, confidence, entropy, is_finite = kernels.sample_rows(logits, is_suppressed, MASK)
     expected = in_pytorch(logits, is_suppressed)
     assert is_finite.all()
     assert torch.equal(tokens, expected[0])
@@ -101,7 +100,7 @@ def test_of_equal_logits_the_first_token_is_proposed():
     # in different tiles
     logits = torch.zeros(1, V)
     logits[0, [70, 140, 200]] = 1
-    assert kernels.sample_rows(logits, torch.ones(1, dtype=torch.bool), suppressed(), MASK)[0] == 70
+    assert kernels.sample_rows(logits, suppressed(), MASK)[0] == 70
 
 
 def test_a_tile_of_the_mask_token_alone_and_extreme_logits():
@@ -130,7 +129,7 @@ def test_a_row_without_probabilities_is_reported(value, column):
     logits = logits_of(4)
     logits[1, column] = value
     logits[2] = -torch.inf
-    *_, is_finite = kernels.sample_rows(logits, torch.ones(4, dtype=torch.bool), suppressed(), MASK)
+    *_, is_finite = kernels.sample_rows(logits, suppressed(), MASK)
     assert is_finite.tolist() == [True, False, False, True]
 
 
@@ -141,21 +140,8 @@ def test_impossible_tokens_and_whatever_the_mask_token_has():
     assert_equal_to_pytorch(logits, suppressed())
 
 
-def test_rows_that_are_not_masked_are_skipped():
-    logits, is_masked = logits_of(4), torch.tensor([True, False, False, True])
-    logits[1] = torch.nan
-    tokens, confidence, entropy, is_finite = kernels.sample_rows(logits, is_masked, suppressed(), MASK)
-    expected = in_pytorch(logits, suppressed())
-    assert is_finite.all()
-    assert tokens.tolist() == [int(expected[0][0]), 0, 0, int(expected[0][3])]
-    assert confidence[1:3].tolist() == [-1, -1]
-    assert entropy[1:3].tolist() == [torch.inf, torch.inf]
-    torch.testing.assert_close(confidence[is_masked], expected[1][is_masked])
-
-
 def draw(logits: torch.Tensor, is_suppressed: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
-    is_masked = torch.ones(len(logits), dtype=torch.bool)
-    return kernels.sample_rows(logits, is_masked, is_suppressed, 0, temperature=temperature)[0]
+    return kernels.sample_rows(logits, is_suppressed, 0, temperature=temperature)[0]
 
 
 def test_samples_follow_the_softmax_of_logits_over_temperature(monkeypatch):
@@ -185,8 +171,8 @@ def test_the_seed_and_the_place_decide_the_sample():
 
 
 def test_a_sample_has_the_confidence_of_temperature_1():
-    logits, is_masked = logits_of(5), torch.ones(5, dtype=torch.bool)
-    tokens, confidence, *_ = kernels.sample_rows(logits, is_masked, suppressed(), MASK, temperature=5.0)
+    logits = logits_of(5)
+    tokens, confidence, *_ = kernels.sample_rows(logits, suppressed(), MASK, temperature=5.0)
     logits[:, MASK] = -torch.inf
     torch.testing.assert_close(confidence, logits.softmax(-1).gather(1, tokens[:, None]).squeeze(1))
 

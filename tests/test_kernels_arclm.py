@@ -194,7 +194,7 @@ def test_the_self_check_of_the_scan_sees_a_wrong_gradient(monkeypatch):
     assert kernels._check_affine_scan(CPU, 10, 14) > 1e-2
 
 
-def rows(logits, is_masked, is_suppressed, mask_token_id, *, temperature=None, seed=None, wrong=None):
+def rows(logits, is_suppressed, mask_token_id, *, temperature=None, seed=None, wrong=None):
     """`sample_rows` in PyTorch, right or wrong in one respect."""
     column = torch.arange(logits.shape[1])
     probs = logits.masked_fill(column == (-1 if wrong == "mask" else mask_token_id), -torch.inf).softmax(-1)
@@ -274,7 +274,7 @@ def test_the_affine_scan_compiles_within_the_shared_memory_of_an_rtx_4090(capabi
 @pytest.mark.parametrize(("capability", "sample"), [(89, True), (90, False)])
 def test_the_sampler_compiles_and_reads_the_logits_once(capability, sample):
     pytest.importorskip("triton")
-    signature = {"logits": "*bf16", "is_masked": "*i1", "is_suppressed": "*i1", "seed": "*i64", "statistics": "*fp32"}
+    signature = {"logits": "*bf16", "is_suppressed": "*i1", "seed": "*i64", "statistics": "*fp32"}
     signature |= {"candidates": "*i32", "row_stride": "i32", "vocabulary": "i32", "mask_token_id": "i32"}
     constants = {"SAMPLE": sample, "TILE": kernels.VOCABULARY_TILE}
     compiled = compile_for(capability, kernels._sample_rows_kernel, signature | {"temperature": "fp32"}, constants)

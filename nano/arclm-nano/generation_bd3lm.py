@@ -322,8 +322,7 @@ class _Run:
     def _propose(self, logits: torch.Tensor, block: torch.Tensor, masked: tuple) -> tuple[torch.Tensor, ...]:
         """Tokens, confidence and entropy, each [M], from logits [M, V]; `finish_block` raises if one is not finite."""
         if self.plain is not None and use_sample_rows(logits):
-            rows = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-            chosen, *sureness, is_finite = sample_rows(logits, rows, mask_token_id=self.mask_token_id, **self.plain)
+            chosen, *sureness, is_finite = sample_rows(logits, mask_token_id=self.mask_token_id, **self.plain)
             self.is_finite &= is_finite.all()
             return chosen.clamp(max=logits.shape[-1] - 1), *sureness
         scores = logits.float()

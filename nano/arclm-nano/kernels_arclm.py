@@ -78,7 +78,6 @@ if triton is not None:
     @triton.jit
     def _sample_rows_kernel(
         logits,
-        is_masked,
         is_suppressed,
         seed,
         statistics,
@@ -92,33 +91,32 @@ if triton is not None:
     ):
         """Reduce one tile of one row of the logits to four numbers and a candidate; see `sample_rows`."""
         row, tile, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-        if tl.load(is_masked + row):
-            column = tile * TILE + tl.arange(0, TILE)
-            inside = column < vocabulary
-            x = tl.load(logits + row.to(tl.int64) * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-            x = tl.where(inside & (column != mask_token_id), x, float("-inf"))
-            num_broken = tl.sum((~(x < float("inf"))).to(tl.int32))  # NaN or infinite
-            # the bounds keep logits of -inf, and those at the end of the range, from making inf - inf
-            highest = tl.maximum(tl.max(x), -3.4028234663852886e38)
-            shift = tl.maximum(x - highest, -200.0)
-            weight = tl.exp(shift)
-            total = tl.where(num_broken > 0, float("nan"), tl.sum(weight))
+        column = tile * TILE + tl.arange(0, TILE)
+        inside = column < vocabulary
+        x = tl.load(logits + row.to(tl.int64) * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside & (column != mask_token_id), x, float("-inf"))
+        num_broken = tl.sum((~(x < float("inf"))).to(tl.int32))  # NaN or infinite
+        # the bounds keep logits of -inf, and those at the end of the range, from making inf - inf
+        highest = tl.maximum(tl.max(x), -3.4028234663852886e38)
+        shift = tl.maximum(x - highest, -200.0)
+        weight = tl.exp(shift)
+        total = tl.where(num_broken > 0, float("nan"), tl.sum(weight))
 
-            score = tl.where(tl.load(is_suppressed + column, mask=inside, other=True), float("-inf"), x)
-            if SAMPLE:
-                bits, _, _, _ = tl.philox(tl.load(seed), column, row, 0, 0)
-                u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # in (0, 1)
-                # -log(1 - u), exponentially distributed; the winners have small u, where 1 - u would round
-                wait = tl.where(u < 0.00390625, u + 0.5 * u * u, -tl.log(1.0 - u))
-                score = score / temperature - tl.log(wait)
-            best, index = tl.max(score, 0, return_indices=True)  # of equal ones the first
+        score = tl.where(tl.load(is_suppressed + column, mask=inside, other=True), float("-inf"), x)
+        if SAMPLE:
+            bits, _, _, _ = tl.philox(tl.load(seed), column, row, 0, 0)
+            u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # in (0, 1)
+            # -log(1 - u), exponentially distributed; the winners have small u, where 1 - u would round
+            wait = tl.where(u < 0.00390625, u + 0.5 * u * u, -tl.log(1.0 - u))
+            score = score / temperature - tl.log(wait)
+        best, index = tl.max(score, 0, return_indices=True)  # of equal ones the first
 
-            cell, size = row * num_tiles + tile, tl.num_programs(0) * num_tiles
-            tl.store(statistics + cell, highest)
-            tl.store(statistics + size + cell, total)
-            tl.store(statistics + 2 * size + cell, tl.sum(shift * weight))
-            tl.store(statistics + 3 * size + cell, best)
-            tl.store(candidates + cell, tile * TILE + index)
+        cell, size = row * num_tiles + tile, tl.num_programs(0) * num_tiles
+        tl.store(statistics + cell, highest)
+        tl.store(statistics + size + cell, total)
+        tl.store(statistics + 2 * size + cell, tl.sum(shift * weight))
+        tl.store(statistics + 3 * size + cell, best)
+        tl.store(candidates + cell, tile * TILE + index)
 
 
 def affine_scan(
@@ -159,21 +157,19 @@ def affine_scan(
 
 def sample_rows(
     logits: torch.Tensor,
-    is_masked: torch.Tensor,
     is_suppressed: torch.Tensor,
     mask_token_id: int,
     *,
     temperature: float | None = None,
     seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Propose a token for every masked row from one reading of its logits, in float32.
+    """Propose a token for every row from one reading of its logits, in float32.
 
     A sample is the argmax of logits / temperature plus Gumbel noise, -log of an exponential variable: distributed as
     softmax(logits / temperature).
 
     Args:
         logits: [R, V] bfloat16, float16 or float32, the last dimension contiguous.
-        is_masked: [R] bool, rows that are read.
         is_suppressed: [V] bool, tokens that are not proposed; True for the mask token.
         mask_token_id: has no probability.
         temperature: > 0, or `None` for the most probable token, of equal ones the first.
@@ -181,21 +177,19 @@ def sample_rows(
             the same place the same token.
 
     Returns:
-        tokens [R] int64, 0 where not masked; confidence [R] float32, the probability of each under softmax(logits), -1
-        where not masked; entropy [R] float32 of softmax(logits) in nats, infinite where not masked; is_finite [R]
-        bool, False for a masked row without probabilities, as a logit of NaN or +inf leaves it: its other results mean
-        nothing.
+        tokens [R] int64; confidence [R] float32, the probability of each under softmax(logits); entropy [R] float32 of
+        softmax(logits) in nats; is_finite [R] bool, False for a row without probabilities, as a logit of NaN or +inf
+        leaves it: its other results mean nothing.
     """
     rows, vocabulary = logits.shape
     num_tiles = triton.cdiv(vocabulary, VOCABULARY_TILE)
-    statistics = torch.zeros(4, rows, num_tiles, device=logits.device)
-    candidates = torch.zeros(rows, num_tiles, dtype=torch.int32, device=logits.device)
+    statistics = torch.empty(4, rows, num_tiles, device=logits.device)
+    candidates = torch.empty(rows, num_tiles, dtype=torch.int32, device=logits.device)
     if seed is None and temperature is not None:
         seed = torch.randint(2**62, (1,), device=logits.device)
     with torch.cuda.device_of(logits):
         _sample_rows_kernel[(rows, num_tiles)](
             logits,
-            is_masked.contiguous(),
             is_suppressed.contiguous(),
             candidates if seed is None else seed,  # without sampling any pointer does: it is not read
             statistics,
@@ -208,13 +202,7 @@ def sample_rows(
             TILE=VOCABULARY_TILE,
             num_warps=8,
         )
-    tokens, confidence, entropy, is_finite = _combine_tiles(logits, statistics, candidates)
-    return (
-        tokens,
-        torch.where(is_masked, confidence, -1.0),
-        torch.where(is_masked, entropy, torch.inf),
-        is_finite | ~is_masked,
-    )
+    return _combine_tiles(logits, statistics, candidates)
 
 
 def _combine_tiles(logits: torch.Tensor, statistics: torch.Tensor, candidates: torch.Tensor) -> tuple:
@@ -369,15 +357,14 @@ def _check_sample_rows(device: torch.device) -> float:
     logits[1, 5::9] = 20.0  # equal ones, of which the first counts, within a tile and between tiles
     mask_token_id = int(logits[0].argmax())
     is_suppressed = torch.arange(logits.shape[1], device=device) == mask_token_id
-    is_masked = torch.ones(len(logits), dtype=torch.bool, device=device)
-    tokens, confidence, entropy, is_finite = sample_rows(logits, is_masked, is_suppressed, mask_token_id)
+    tokens, confidence, entropy, is_finite = sample_rows(logits, is_suppressed, mask_token_id)
     probs = logits.double().masked_fill(is_suppressed, -torch.inf).softmax(-1)
     expected = probs.argmax(-1)
     exact = _error((confidence, entropy), (probs.amax(-1), torch.special.entr(probs).sum(-1)))
 
     logits = normal(7).expand(300, 7)
-    is_masked, seed = torch.ones(len(logits), dtype=torch.bool, device=device), torch.tensor([1], device=device)
-    drawn, *_ = sample_rows(logits, is_masked, is_suppressed[:7], mask_token_id, temperature=0.7, seed=seed)
+    seed = torch.tensor([1], device=device)
+    drawn, *_ = sample_rows(logits, is_suppressed[:7], mask_token_id, temperature=0.7, seed=seed)
     # the standard deviation of a frequency is below 0.03
     unlucky = (drawn.bincount(minlength=7) / len(drawn) - (logits[0] / 0.7).softmax(-1)).abs().max()
     is_right = is_finite.all() and torch.equal(tokens, expected) and unlucky < 0.1

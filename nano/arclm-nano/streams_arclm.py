@@ -11,7 +11,7 @@ from .cache_arclm import ArcLMCache
 
 
 # Queries that attend at once, in longer passes: more of them look at keys in vain, fewer take more calls.
-PART_SIZE = 512
+PART_SIZE = 256
 
 
 class _Keys(NamedTuple):
