@@ -51,7 +51,7 @@ gpu: $(READY)
 	@if $(RUN) -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)'; then \
 	    set -e; \
 	    $(RUN) -m pytest -q -m gpu $(PYTEST_ARGS); \
-	    for script in generate_speed train_speed scaling; do \
+	    for script in generate_speed train_speed train_memory optimizers scaling; do \
 	        echo "== $$script"; $(RUN) benchmarks/$$script.py; \
 	    done; \
 	elif [ $$? -eq 3 ]; then \

@@ -304,6 +304,12 @@ def load_model(name: str) -> tuple[Model, Tokenizer]:
     return AutoModel.from_pretrained(name, trust_remote_code=True, dtype=torch.float32), tokenizer
 
 
+def add_lora(model: Model, rank: int) -> PeftModel:
+    """Put an adapter on all linear layers, the only weights that are trained."""
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
 def train(trainer: BD3LMTrainer, checkpoint: str | None, max_length: int) -> None:
     """Train; where the memory does not suffice, say what helps."""
     try:
@@ -392,9 +398,8 @@ def main(argv: list[str] | None = None) -> None:
     samples, counts = load_data(data_args, args, tokenizer, model.config)
     if args.process_index == 0:
         print_table(counts)
-    if rank := data_args.lora_rank:
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
+    if data_args.lora_rank:
+        model = add_lora(model, data_args.lora_rank)
 
     trainer = BD3LMTrainer(
         model=model,

@@ -134,6 +134,7 @@ class ObjectivesArguments(AblationArguments):
     """How to train and what to measure."""
 
     max_steps: int = HfArg(default=300, help="Optimizer steps of 16 rows; every task is seen once.")
+    eval_steps: int = HfArg(default=100, help="Steps between two measurements of the NELBO.")
     nelbo_tasks: int = HfArg(default=64, help="Held-out tasks, of all kinds equally, for the NELBO.")
     tasks_per_family: int = HfArg(default=60, help="Held-out tasks of every family for exact match.")
     variants: list[str] = field(

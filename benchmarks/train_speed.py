@@ -9,8 +9,9 @@ they take turns in one process. Of dLLM only the loss of its trainer runs: its a
 transformers. Writes benchmarks/results/train_speed_cpu.json (or _gpu.json) and a plot beside it.
 
 A row is a batch of random tokens, of which the last `response` share is trained on. Tokens per second counts all of
-x_0. Peak memory is that of one step with all that it needs: weights, gradients, optimizer and activations, without the
-libraries. The target is for the shape hidden256 on a CPU.
+x_0. Utilisation: the operations of `model_flops` over those that large matrix products of the same precision do in
+arcLM's time, measured in the same rounds. Peak memory is that of one step with all that it needs: weights, gradients,
+optimizer and activations, without the libraries. The target is for the shape hidden256 on a CPU.
 """
 
 from collections.abc import Callable
@@ -24,12 +25,15 @@ import torch
 from common import (
     MB,
     check_targets,
+    count_parameters,
     default_device,
+    default_dtype,
     default_output,
     interleave,
     load_dllm,
     make_arclm,
     make_parent,
+    measure_limits,
     median,
     peak_memory,
     print_table,
@@ -115,9 +119,11 @@ def dllm_loss(
     return lambda: peer.BD3LMTrainer.compute_loss(trainer, parent, {"input_ids": x_0, "labels": labels})
 
 
-def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], device: str) -> Callable[[], float]:
-    """Return the training step of both contestants, which returns its loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+def training_step(
+    model: nn.Module, loss: Callable[[], torch.Tensor], device: str, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], float]:
+    """Return the training step of all contestants, which returns its loss; AdamW if no optimizer is given."""
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-6)
     model.train()
 
     def step() -> float:
@@ -130,6 +136,22 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], device: st
         return value.item()
 
     return step
+
+
+def model_flops(model: nn.Module, rows: tuple[int, int, float]) -> float:
+    """Return the operations that a training step on `rows` cannot do without: batch, length, response share.
+
+    Two per weight and token forward and twice that backward, over the clean tokens and the noisy blocks that have
+    loss; the head for the half of the response tokens that is masked on average; and attention, where a query meets
+    a key. What the recurrence computes beside its projections is left out, and so is recomputation.
+    """
+    config, (batch, length, response) = model.config, rows
+    trained = round(length * response)
+    head = config.vocab_size * config.hidden_size
+    body = count_parameters(model) - head * (1 if config.tie_word_embeddings else 2)
+    pairs = length**2 / 2 + (length**2 - (length - trained) ** 2) / 2
+    per_pair = 2 * config.num_attention_heads * config.head_dim * config.layer_types.count("full_attention")
+    return 6.0 * batch * (body * (length + trained) + head * trained / 2 + per_pair * pairs)
 
 
 def prepare(
@@ -152,9 +174,12 @@ def measure(shape: str | dict, rows: tuple[int, int, float], device: str, dllm: 
     """Time and weigh one batch of `rows`: batch, length, response share; returns a row of the table."""
     names = [name for name in MODELS if name != "dllm" or dllm is not None]
     steps = {name: prepare(name, shape, rows, device, dllm) for name in names}
-    results = interleave({name: lambda step=step: timed(step, device) for name, step in steps.items()}, repeats)
-    del steps
+    contestants = {name: lambda step=step: timed(step, device) for name, step in steps.items()}
+    contestants["limits"] = measure_limits(device, default_dtype(device))
+    results = interleave(contestants, repeats)
+    del steps, contestants
     seconds = {name: median(results.get(name, [])) for name in MODELS}
+    needed = model_flops(make_arclm(shape, "meta", torch.float32), rows) / median(results["limits"])[0]
     memory = {name: peak_memory(device, prepare, name, shape, rows, device, dllm) for name in names if results[name]}
     batch, length, response = rows
     return {
@@ -166,6 +191,7 @@ def measure(shape: str | dict, rows: tuple[int, int, float], device: str, dllm: 
         **{f"{name}_peak_mb": ratio(memory.get(name), MB) for name in MODELS},
         "s_over_dllm": ratio(seconds["arclm"], seconds["dllm"]),
         "peak_over_dllm": ratio(memory.get("arclm"), memory.get("dllm")),
+        "arclm_utilisation": ratio(needed, seconds["arclm"]),
     }
 
 

@@ -1,5 +1,6 @@
 """The measuring functions of the speed benchmarks, on a tiny model: what they count, not how fast it is."""
 
+import json
 import sys
 from math import isfinite
 from pathlib import Path
@@ -13,7 +14,9 @@ from conftest import tiny_config, tiny_model, tokens
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import common
 import generate_speed
+import optimizers
 import scaling
+import train_memory
 import train_speed
 
 
@@ -110,6 +113,38 @@ def test_a_row_of_train_speed_has_every_number():
     left_out = ("dllm_s", "dllm_tokens_per_s", "dllm_peak_mb", "s_over_dllm", "peak_over_dllm")
     assert_positive(row, but=left_out)
     assert row["arclm_tokens_per_s"] == pytest.approx(2 * 3 * BLOCK / row["arclm_s"])
+    assert row["arclm_utilisation"] < 1
+
+
+def test_the_operations_of_a_training_step_by_hand():
+    model = tiny_model(**SHAPE)
+    weights = sum(weight.numel() for weight in model.parameters()) - SHAPE["vocab_size"] * SHAPE["hidden_size"] * (
+        1 if SHAPE["tie_word_embeddings"] else 2
+    )
+    head, pair = SHAPE["vocab_size"] * SHAPE["hidden_size"], 2 * SHAPE["num_attention_heads"] * SHAPE["head_dim"]
+    # 40 clean tokens, 10 noisy ones of which 5 are masked; those at 30 to 39 meet the keys before them once more
+    pairs = sum(range(40)) + 20 + sum(range(30, 40)) + 5
+    expected = 6 * 3 * (weights * 50 + head * 5 + pair * pairs)
+    assert train_speed.model_flops(model, (3, 40, 0.25)) == pytest.approx(expected)
+
+
+def test_the_card_run_in_small_is_weighed(tmp_path, monkeypatch):
+    options = ["--shape", "nano", "--max_length", "64", "--output_file", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["train_memory.py", *options])
+    train_memory.main()
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert 100 < row["peak_mb"] < 20_000
+    assert row["tokens_per_s"] > 1
+    assert len(row["loss"]) == 3
+    assert all(3 < loss < 20 for loss in row["loss"])
+
+
+@pytest.mark.parametrize("name", [name for name, row in optimizers.ROWS.items() if row.package == "torch"])
+def test_every_optimizer_and_lora_takes_a_step(name):
+    step = optimizers.prepare(optimizers.ROWS[name], SHAPE, 2 * BLOCK, "cpu")
+    first = step()
+    assert isfinite(first)
+    assert isfinite(step())
 
 
 def test_the_training_step_trains_on_the_response_alone():
