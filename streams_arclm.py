@@ -134,21 +134,21 @@ class Streams(NamedTuple):
 
     def _parts(self, context: int) -> list[tuple[slice, tuple[slice, ...]]]:
         """Cut the queries into parts of whole blocks, and say which of the keys each needs."""
-        columns, blocks = self.position_ids.shape[1], max(1, PART_SIZE // self.block_size)
+        columns, size = self.position_ids.shape[1], max(1, PART_SIZE // self.block_size) * self.block_size
         if columns <= max(PART_SIZE, 2 * self.block_size):
             return [(slice(columns), (slice(context + columns),))]
-        size, noisy, parts = blocks * self.block_size, slice(self.num_noisy), []
+        parts = []
         if self.noisy_blocks is not None:  # keys [noisy ; clean]
             first = clean = self.num_noisy
             blocks_before = self.noisy_blocks.amax(0).tolist()
             for start in range(0, self.num_noisy, size):
-                noisy = slice(start, min(start + size, self.num_noisy))
-                before = blocks_before[noisy.stop // self.block_size - 1] * self.block_size
-                parts.append((noisy, (noisy, slice(first, first + before))))
+                own = slice(start, min(start + size, self.num_noisy))
+                before = blocks_before[own.stop // self.block_size - 1] * self.block_size
+                parts.append((own, (own, slice(clean, clean + before))))
         else:  # keys [context ; clean ; noisy]
             first, clean = 0, context
             if self.num_noisy:
-                parts.append((noisy, (slice(context + columns),)))
+                parts.append((slice(self.num_noisy), (slice(context + columns),)))
         for start in range(0, columns - self.num_noisy, size):
             stop = min(start + size, columns - self.num_noisy)
             parts.append((slice(self.num_noisy + start, self.num_noisy + stop), (slice(first, clean + stop),)))
@@ -184,12 +184,13 @@ class Streams(NamedTuple):
         """[B or 1, queries, keys] bool, the drawing above."""
         q, k = self.position_ids[:, queries, None], keys.position_ids[:, None]
         columns = torch.arange(queries.start or 0, queries.stop, device=q.device)[:, None]
-        q_is_noisy, k_is_noisy = columns < self.num_noisy, (keys.columns >= 0) & (keys.columns < self.num_noisy)
         q_block, k_block = q // self.block_size, k // self.block_size
-        block_diagonal = q_is_noisy & k_is_noisy & (q_block == k_block)
-        offset_block_causal = q_is_noisy & ~k_is_noisy & (q_block > k_block)
-        context = ~q_is_noisy & ~k_is_noisy & (q >= k if is_causal else q_block >= k_block)
-        mask = block_diagonal | offset_block_causal | context
+        mask = q >= k if is_causal else q_block >= k_block
+        if self.num_noisy:
+            q_is_noisy, k_is_noisy = columns < self.num_noisy, (keys.columns >= 0) & (keys.columns < self.num_noisy)
+            block_diagonal = q_is_noisy & k_is_noisy & (q_block == k_block)
+            offset_block_causal = q_is_noisy & ~k_is_noisy & (q_block > k_block)
+            mask = block_diagonal | offset_block_causal | ~q_is_noisy & ~k_is_noisy & mask
         if keys.is_token is not None:  # a padding query keeps itself, for a softmax over nothing is NaN
             mask = mask & keys.is_token[:, None] | (columns == keys.columns)
         return mask
