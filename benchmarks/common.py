@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from rich.console import Console
@@ -342,6 +343,24 @@ def write_record(record: dict, file: str | Path) -> None:
 
     Path(file).write_text(json.dumps(rounded(record), indent=2) + "\n", encoding="utf-8")
     print(f"Wrote {file}")
+
+
+def draw_groups(names: list[str], panels: dict[str, dict[str, list]], title: str, file: Path) -> None:
+    """Draw side by side, for each label of the vertical axis, one group of bars per name, one bar per contestant."""
+    size = (len(panels) * max(4.5, 0.8 * len(names)), 4.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, (label, contestants) in zip(axes[0], panels.items(), strict=True):
+        width = 0.8 / len(contestants)
+        for i, (contestant, values) in enumerate(contestants.items()):
+            left = (i - (len(contestants) - 1) / 2) * width
+            heights = [float("nan") if value is None else value for value in values]
+            axis.bar([x + left for x in range(len(names))], heights, 0.93 * width, label=contestant)
+        axis.set(ylabel=label, yscale="log", title=title)
+        axis.set_xticks(range(len(names)), names, fontsize=8)
+        axis.legend()
+        axis.grid(axis="y", alpha=0.3)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 def check_targets(row: dict, targets: dict[str, float]) -> dict:

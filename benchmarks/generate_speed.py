@@ -18,7 +18,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from common import (
     Limits,
@@ -28,6 +27,7 @@ from common import (
     default_device,
     default_dtype,
     default_output,
+    draw_groups,
     floor_seconds,
     interleave,
     load_dllm,
@@ -203,18 +203,10 @@ def measure_shape(shape: str, peer: ModuleType | None, args: SpeedArguments) -> 
 
 
 def plot(rows: list[dict], file: Path) -> None:
-    """Draw the seconds of every row, a group of bars for each."""
+    """Draw the seconds of every row."""
     names = [f"{row['shape']}\n{row['batch']} x {row['context']}\n+{row['new']}" for row in rows]
-    figure, axes = plt.subplots(figsize=(max(7, 0.8 * len(rows)), 4.2), layout="constrained")
-    for i, model in enumerate(MODELS):
-        seconds = [row[f"{model}_s"] or float("nan") for row in rows]
-        axes.bar([x + 0.27 * (i - 1) for x in range(len(rows))], seconds, 0.25, label=model)
-    axes.set(ylabel="seconds per call of generate", yscale="log", title="batch x context + new tokens")
-    axes.set_xticks(range(len(rows)), names, fontsize=8)
-    axes.legend()
-    axes.grid(axis="y", alpha=0.3)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    seconds = {model: [row[f"{model}_s"] for row in rows] for model in MODELS}
+    draw_groups(names, {"seconds per call of generate": seconds}, "batch x context + new tokens", file)
 
 
 def main() -> None:

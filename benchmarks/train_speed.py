@@ -20,7 +20,6 @@ from importlib import import_module
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
 
-import matplotlib.pyplot as plt
 import torch
 from common import (
     MB,
@@ -29,6 +28,7 @@ from common import (
     default_device,
     default_dtype,
     default_output,
+    draw_groups,
     interleave,
     load_dllm,
     make_arclm,
@@ -196,21 +196,13 @@ def measure(shape: str | dict, rows: tuple[int, int, float], device: str, dllm: 
 
 
 def plot(rows: list[dict], file: Path) -> None:
-    """Draw tokens per second and peak memory of every row, a group of bars for each."""
+    """Draw tokens per second and peak memory of every row."""
     names = [f"{row['shape']}\n{row['batch']} x {row['length']}\n{row['response']:.0%}" for row in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(max(9, 1.4 * len(rows)), 4.2), layout="constrained")
-    for axis, name, label in zip(
-        axes, ("tokens_per_s", "peak_mb"), ("tokens per second", "peak memory (MB)"), strict=True
-    ):
-        for i, model in enumerate(MODELS):
-            values = [row[f"{model}_{name}"] or float("nan") for row in rows]
-            axis.bar([x + 0.4 * (i - 0.5) for x in range(len(rows))], values, 0.38, label=model)
-        axis.set(ylabel=label, yscale="log", title="batch x length, share trained on")
-        axis.set_xticks(range(len(rows)), names, fontsize=8)
-        axis.legend()
-        axis.grid(axis="y", alpha=0.3)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    panels = {
+        label: {model: [row[f"{model}_{name}"] for row in rows] for model in MODELS}
+        for label, name in (("tokens per second", "tokens_per_s"), ("peak memory (MB)", "peak_mb"))
+    }
+    draw_groups(names, panels, "batch x length, share trained on", file)
 
 
 def main() -> None:
