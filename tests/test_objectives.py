@@ -134,10 +134,11 @@ def test_every_variant_trains_as_it_says(small_run, name, monkeypatch):
         objectives.run(name, 2, small_run)
     batch = [value for key, value in zip(seen["options"], seen["options"][1:], strict=False) if "train_batch" in key]
     assert batch[-1] == ("8" if name == "complementary masks" else "16")
-    assert seen.get("noise_schedule") == (name if name in ("cosine", "clipped") else None)
-    assert seen.get("ar_loss_weight") == (0.5 if name == "AR loss" else None)
+    schedule = name.removeprefix("AR loss, ")
+    assert seen.get("noise_schedule") == (schedule if schedule in ("cosine", "clipped") else None)
+    assert seen.get("ar_loss_weight") == (0.5 if "AR loss" in name else None)
     assert (seen["trainer"] is objectives.ComplementaryTrainer) == (name == "complementary masks")
-    assert (seen["config"].get("context_attention") == "causal") == (name in ("AR loss", "causal context"))
+    assert (seen["config"].get("context_attention") == "causal") == ("AR loss" in name or name == "causal context")
     assert (seen["config"].get("right_shift_logits") is False) == (name == "unshifted logits")
 
 
@@ -176,6 +177,8 @@ def test_the_rule_of_what_helps(nelbos, match, expected, tmp_path, capsys):
 
 def test_a_variant_brings_its_control_and_an_unknown_one_is_named():
     assert objectives.ObjectivesArguments(variants=["AR loss"]).variants == ["baseline", "causal context", "AR loss"]
+    both = ["baseline", "causal context", "AR loss", "AR loss, clipped"]
+    assert objectives.ObjectivesArguments(variants=both[-1:]).variants == both
     with pytest.raises(SystemExit, match=r"'shift' is unknown\. Choose among baseline, unshifted logits"):
         objectives.ObjectivesArguments(variants=["shift"])
 
