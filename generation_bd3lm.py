@@ -246,7 +246,7 @@ class _Run:
         self.ends, self.finished = self.limits.clone(), torch.zeros_like(self.limits, dtype=torch.bool)
         self.row_steps, self.nfe, self.history, self.checked = torch.zeros_like(self.limits), 0, [], 0
         self.to_commit, self.is_finite = {}, torch.ones((), dtype=torch.bool, device=input_ids.device)
-        self.graphs = borrow_graphs(model, self) if knobs["use_cuda_graphs"] else None
+        self.graphs = borrow_graphs(model.model, self) if knobs["use_cuda_graphs"] else None
         per_block = self.block_size if steps is None else -(-steps // num_blocks)
         knobs["max_denoising_steps"] = min(per_block, knobs["max_denoising_steps"] or self.block_size, self.block_size)
 

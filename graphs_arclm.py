@@ -257,7 +257,7 @@ _IDLE: "weakref.WeakKeyDictionary[nn.Module, list[DenoisingGraphs]]" = weakref.W
 
 
 def borrow_graphs(model: nn.Module, borrower: Any) -> DenoisingGraphs | None:
-    """Graphs of `model` for `borrower` alone, until it is garbage; `None` where nothing can be captured.
+    """Graphs of an `ArcLMModel` for `borrower` alone, until it is garbage; `None` where nothing can be captured.
 
     So two threads that generate at the same time do not write into the same buffers.
     """
@@ -275,7 +275,8 @@ def key_of(model: nn.Module) -> tuple | None:
     """What captured passes depend on: modules, places of the weights, and settings; not the values of the weights.
 
     `None` where no pass is captured: where the device has no graphs, the model is spread over devices, quantised or in
-    training, under autocast, and with hooks or adapters, which are Python that a replay does not run.
+    training, under autocast, and with hooks or adapters, which are Python that a replay does not run. (The class
+    around an `ArcLMModel` may have hooks: it is called as ever.)
     """
     device, modules = model.device, list(model.modules())
     tensors = [*model.parameters(), *model.buffers()]

@@ -9,14 +9,22 @@ Writes benchmarks/results/generate_speed_cpu.json (or _gpu.json) and a plot besi
 A row is a batch of random prompts. Seconds are those of the whole call, prompt included; a step is the time from one
 denoising pass to the next, sampling included. The floor of a step is its arithmetic (2 x parameters x tokens over the
 rate of matrix products) or its reading (weights, state, keys and values over the memory bandwidth), whichever takes
-longer; rate and bandwidth are measured between the contestants. Targets are for the shape hidden256 on a CPU.
+longer; rate and bandwidth are measured between the contestants. Targets are for the shape hidden256 on a CPU, and for
+the 0.8B shapes on a GPU at the card's setting. The first call is measured in a process of its own, without compiled
+kernels of earlier ones.
 """
 
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise, product
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import (
@@ -39,7 +47,7 @@ from common import (
     random_ids,
     ratio,
     start_record,
-    synchronise,
+    timed,
     write_record,
 )
 from transformers import HfArgumentParser, Qwen3_5ForCausalLM
@@ -52,6 +60,13 @@ from arclm.modeling_arclm import ArcLMForDiffusionLM
 TARGETS = {"step_over_floor": 2.0, "step_over_dllm": 0.5, "s_over_dllm": 1.0, "s_over_ar": 1.0}
 LONG = {"context": 4096, "new_tokens": 256}  # the row whose seconds have a target of their own
 LONG_TARGETS = TARGETS | {"s_over_dllm": 1 / 3}
+# on a GPU at the 0.8B shapes: the card's setting, a token per step, and 4 tokens per step
+CARD = {"batch": 1, "context": 1024, "new_tokens": 256}
+CARD_TARGETS = {
+    1: {"step_over_floor": 2.0, "s_over_dllm": 0.1, "s_over_ar": 0.2, "arclm_s": 256 / 1400},
+    4: {"step_over_floor": 2.0, "arclm_s": 256 / 5000},
+}
+FIRST_CALL_TARGETS = {"cost_s": 60.0}  # at most, on a GPU
 MODELS = ("arclm", "dllm", "ar")
 
 
@@ -76,26 +91,28 @@ class SpeedArguments:
 
 
 class StepClock:
-    """Notes when each forward pass of a model begins."""
+    """Notes when each forward pass of a model begins; on a GPU in its queue, so that nothing waits for it."""
 
     def __init__(self, model: torch.nn.Module, device: str):
         self.device, self.starts = device, []
-        self.hook = model.register_forward_pre_hook(self._note)
+        self.hook = model.register_forward_pre_hook(lambda *_: self.starts.append(self._now()))
 
-    def _note(self, *_) -> None:
-        synchronise(self.device)
-        self.starts.append(time.perf_counter())
+    def _now(self) -> float | torch.cuda.Event:
+        if self.device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def run(self, generate, passes: int) -> tuple[float, float]:
         """Call `generate` and return its seconds and the median seconds of its last `passes` passes."""
         self.starts.clear()
-        synchronise(self.device)
-        start = time.perf_counter()
-        generate()
-        synchronise(self.device)
-        ends = [*self.starts[1:], time.perf_counter()]
-        steps = [end - begin for begin, end in zip(self.starts, ends, strict=True)]
-        return ends[-1] - start, median(steps[-passes:])
+        seconds = timed(lambda: (generate(), self.starts.append(self._now())), self.device)
+        steps = [
+            1e-3 * begin.elapsed_time(end) if self.device == "cuda" else end - begin
+            for begin, end in pairwise(self.starts)
+        ]
+        return seconds, median(steps[-passes:])
 
 
 def contestants(
@@ -179,27 +196,50 @@ def measure_shape(shape: str, peer: ModuleType | None, args: SpeedArguments) -> 
     """Measure all rows of one shape."""
     model = make_arclm(shape, args.device, default_dtype(args.device))
     parent = make_parent(model)
-    cases = [(batch, context, args.new_tokens) for context in args.contexts for batch in args.batch_sizes]
+    sizes = product(args.contexts, args.batch_sizes)
+    has_targets = shape == "hidden256" and args.device == "cpu"
+    cases = [
+        (batch, context, args.new_tokens, args.tokens_per_step, TARGETS if has_targets else {})
+        for context, batch in sizes
+    ]
     if args.long_row:
-        cases.append((1, LONG["context"], LONG["new_tokens"]))
+        cases.append((1, *LONG.values(), args.tokens_per_step, LONG_TARGETS if has_targets else {}))
+    if shape == "0.8b" and args.device == "cuda":
+        cases += [(*CARD.values(), tokens, targets) for tokens, targets in CARD_TARGETS.items()]
     rows = []
-    for batch, context, new in cases:
+    for batch, context, new, tokens, targets in cases:
         prompts = random_ids(model.config, batch, context, args.device)
-        row = measure(
-            model,
-            parent,
-            prompts,
-            peer,
-            new_tokens=new,
-            tokens_per_step=args.tokens_per_step,
-            repeats=args.repeats,
-        )
-        if shape == "hidden256" and args.device == "cpu":
-            is_long = (context, new) == tuple(LONG.values())
-            row = check_targets(row, LONG_TARGETS if is_long else TARGETS)
+        row = measure(model, parent, prompts, peer, new_tokens=new, tokens_per_step=tokens, repeats=args.repeats)
+        if targets:
+            row = check_targets(row, targets)
         rows.append({"shape": shape, **row})
         print(rows[-1], flush=True)
     return rows
+
+
+def first_call(shape: str | dict, device: str) -> dict[str, float]:
+    """Return the seconds of making a model, of its first call of generate and of its second."""
+    start = time.perf_counter()
+    model = make_arclm(shape, device, default_dtype(device))
+    prompt = random_ids(model.config, 1, 4 * model.config.block_size, device)
+    knobs = {"max_new_tokens": 2 * model.config.block_size, "do_sample": False, "eos_token_id": []}
+    made = time.perf_counter() - start
+    first, second = (timed(lambda: model.generate(prompt, **knobs), device) for _ in range(2))
+    return {"make_s": made, "first_s": first, "second_s": second}
+
+
+def measure_first_call(shape: str | dict, device: str) -> dict:
+    """Return what the first call costs: imports, and what it takes longer than the second; kernels compile anew."""
+    start = time.perf_counter()
+    with (
+        TemporaryDirectory() as folder,
+        patch.dict(os.environ, TRITON_CACHE_DIR=folder),
+        ProcessPoolExecutor(1, get_context("spawn")) as process,
+    ):
+        found = process.submit(first_call, shape, device).result()
+    found["import_s"] = time.perf_counter() - start - sum(found.values())
+    found["cost_s"] = found["import_s"] + found["first_s"] - found["second_s"]
+    return check_targets(found, FIRST_CALL_TARGETS) if device == "cuda" else found
 
 
 def plot(rows: list[dict], file: Path) -> None:
@@ -221,7 +261,9 @@ def main() -> None:
     record |= {"targets": TARGETS, "targets_long": LONG_TARGETS | LONG}
     peer = load_dllm(args.dllm, "dllm.core.samplers.bd3lm")
     file, record["rows"] = Path(args.output_file or default_output("generate_speed", args.device)), []
+    record["first_call"] = {}
     for shape in args.shapes:
+        record["first_call"][shape] = measure_first_call(shape, args.device)
         record["rows"] += measure_shape(shape, peer, args)
         write_record(record, file)
     print_table("generate: seconds of a call, milliseconds of a denoising step", record["rows"])

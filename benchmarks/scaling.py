@@ -40,6 +40,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from arclm.cache_arclm import ArcLMCache
+from arclm.graphs_arclm import borrow_graphs
 
 
 AXES = ("context", "batch", "block")
@@ -80,10 +81,11 @@ def prepare_denoise(shape: str | dict, size: dict[str, int], device: str) -> Cal
     model = make_arclm(shape, device, default_dtype(device))
     cache = prefill(model, size["batch"], size["context"], device)
     block = random_ids(model.config, size["batch"], size["block"], device)
+    graphs = borrow_graphs(model.model, cache)  # as `generate` does; none on a CPU
 
     @torch.no_grad()
     def step() -> ArcLMCache:
-        model(noisy_input_ids=block, past_key_values=cache, block_size=size["block"])
+        model(noisy_input_ids=block, past_key_values=cache, block_size=size["block"], graphs=graphs)
         return cache
 
     return step
@@ -107,12 +109,16 @@ def sizes_of(kind: str, axis: str, values: list[int], block: int) -> list[dict[s
 
 def measure(kind: str, shape: str | dict, axis: str, sizes: list[dict], device: str, *, repeats: int) -> list[dict]:
     """Time and weigh the steps of `sizes`, which differ along `axis`; returns a row of the table for each."""
-    steps = [PREPARE[kind](shape, size, device) for size in sizes]
-    runs = {str(i): lambda step=step: timed(step, device) for i, step in enumerate(steps)}
-    seconds = [median(values) for values in interleave(runs, repeats).values()]
-    caches = [cache_bytes(step()) if kind == "denoise" else None for step in steps]
-    del steps, runs
-    rows = []
+    seconds, caches, rows = [], [], []
+    # a GPU has no room for the models of all sizes, and nothing else to do meanwhile
+    for group in [[size] for size in sizes] if device == "cuda" else [sizes]:
+        steps = [PREPARE[kind](shape, size, device) for size in group]
+        runs = {str(i): lambda step=step: timed(step, device) for i, step in enumerate(steps)}
+        measured = [median(values) for values in interleave(runs, repeats).values()]
+        has_cache = [kind == "denoise" and value is not None for value in measured]
+        caches += [cache_bytes(step()) if has else None for step, has in zip(steps, has_cache, strict=True)]
+        seconds += measured
+        del steps, runs
     for size, value, cache in zip(sizes, seconds, caches, strict=True):
         peak = None if value is None else peak_memory(device, PREPARE[kind], shape, size, device)
         rows.append(

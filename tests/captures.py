@@ -56,7 +56,7 @@ def _tensors(tree) -> list[torch.Tensor]:
 
 def graphs_of(model) -> DenoisingGraphs:
     graphs = DenoisingGraphs(Traced(model.device))
-    graphs.renew(key_of(model))
+    graphs.renew(key_of(model.model))
     return graphs
 
 

@@ -88,6 +88,13 @@ def test_without_a_peer_its_numbers_are_left_out(capsys):
     assert_positive(row, but=("dllm_s", "dllm_step_ms", "step_over_dllm", "s_over_dllm"))
 
 
+def test_the_first_call_costs_imports_and_what_it_is_slower_by():
+    found = generate_speed.measure_first_call(SHAPE, "cpu")
+    assert found["import_s"] > 0.5  # torch and transformers
+    assert found["cost_s"] == pytest.approx(found["import_s"] + found["first_s"] - found["second_s"])
+    assert found["make_s"] < found["import_s"]
+
+
 def test_a_directory_without_dllm_is_named(tmp_path):
     with pytest.raises(SystemExit, match="is no checkout of dLLM: dllm/core is not there"):
         common.load_dllm(str(tmp_path), "dllm.core.samplers.bd3lm")

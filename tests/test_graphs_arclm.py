@@ -244,9 +244,9 @@ def add_adapter(model):
 NOT_CAPTURED = {
     "training": lambda model: model.train(),
     "hooks": lambda model: model.model.layers[0].register_forward_hook(lambda *_: None),
-    "a forward of its own": lambda model: setattr(model, "forward", model.forward),
+    "a forward of its own": lambda model: setattr(model.model.norm, "forward", model.model.norm.forward),
     "adapters": add_adapter,
-    "two devices": lambda model: model.lm_head.register_buffer("other", torch.zeros(1, device="meta")),
+    "two devices": lambda model: model.model.norm.register_buffer("other", torch.zeros(1, device="meta")),
     "a kind of tensor of its own": lambda model: setattr(
         model.model.norm, "weight", type("Quantised", (torch.nn.Parameter,), {})(model.model.norm.weight)
     ),
@@ -256,11 +256,19 @@ NOT_CAPTURED = {
 @pytest.mark.parametrize("change", NOT_CAPTURED)
 def test_where_a_replay_could_miss_something_all_runs_eagerly(traced, change):
     model = tiny_model(**SMALL)
-    assert key_of(model) is not None
+    assert key_of(model.model) is not None
     NOT_CAPTURED[change](model)
     model.generate(tokens(1, 5), max_new_tokens=3)
-    assert key_of(model) is None
+    assert key_of(model.model) is None
     assert Traced.captures == 0
+
+
+def test_a_hook_around_the_captured_model_still_runs(traced):
+    model, passes = tiny_model(**SMALL), []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    output = model.generate(tokens(1, 5), max_new_tokens=6, return_dict_in_generate=True)
+    assert Traced.captures > 0
+    assert len(passes) == output.nfe
 
 
 def test_autocast_and_the_knob_turn_it_off(traced):
@@ -274,7 +282,7 @@ def test_autocast_and_the_knob_turn_it_off(traced):
 
 
 def test_nothing_is_captured_on_a_cpu():
-    assert borrow_graphs(tiny_model(**SMALL), object()) is None
+    assert borrow_graphs(tiny_model(**SMALL).model, object()) is None
 
 
 # Failure, memory, threads
@@ -303,7 +311,7 @@ def test_a_capture_that_fails_is_said_once_and_the_text_is_the_same(rerun, monke
     assert f"captured ({reason}). Denoising steps run without" in warn[0]
     expected = model.generate(tokens(1, 5), **knobs, use_cuda_graphs=False)
     assert all(torch.equal(text, expected) for text in texts)
-    assert not graphs_arclm._IDLE[model][0].contexts
+    assert not graphs_arclm._IDLE[model.model][0].contexts
 
 
 def test_static_contexts_stay_within_their_bound(traced, monkeypatch):
@@ -347,7 +355,7 @@ def test_inference_mode_and_no_grad_take_turns(traced):
     for inference in (True, False, True):
         with torch.inference_mode(inference):
             assert torch.equal(model.generate(tokens(1, 5), **knobs), expected)
-    assert not graphs_arclm._IDLE[model][0].failed
+    assert not graphs_arclm._IDLE[model.model][0].failed
 
 
 def test_two_calls_at_a_time_do_not_share_buffers(rerun):
@@ -368,7 +376,7 @@ def test_two_calls_at_a_time_do_not_share_buffers(rerun):
 
     texts[0] = model.generate(prompts[0], **knobs, streamer=Nested())
     assert all(torch.equal(texts[i], expected[i]) for i in (0, 1))
-    assert len(graphs_arclm._IDLE[model]) == 2
+    assert len(graphs_arclm._IDLE[model.model]) == 2
     threads = [
         threading.Thread(target=lambda i=i: texts.__setitem__(i, model.generate(prompts[i], **knobs))) for i in (0, 1)
     ]
@@ -384,14 +392,14 @@ def test_graphs_come_back_after_every_call_and_go_with_the_model(traced):
     model = tiny_model(**SMALL)
     for _ in range(2):
         model.generate(tokens(1, 5), max_new_tokens=3)
-        assert len(graphs_arclm._IDLE[model]) == 1
+        assert len(graphs_arclm._IDLE[model.model]) == 1
     model.model.norm.weight.data[3] = torch.nan
     with pytest.raises(FloatingPointError):
         model.generate(tokens(1, 5), max_new_tokens=3)
     other = copy.deepcopy(model)
-    assert other not in graphs_arclm._IDLE
-    graphs_arclm._IDLE[model][0].contexts.clear()  # a trace holds the model, a graph does not
-    graphs = weakref.ref(graphs_arclm._IDLE[model][0])
+    assert other.model not in graphs_arclm._IDLE
+    graphs_arclm._IDLE[model.model][0].contexts.clear()  # a trace holds the model, a graph does not
+    graphs = weakref.ref(graphs_arclm._IDLE[model.model][0])
     del model
     gc.collect()
     assert graphs() is None

@@ -42,7 +42,7 @@ def test_replayed_text_equals_eager_text_on_a_gpu(context, shift):
             assert torch.equal(output.sequences, outputs[0].sequences)
             assert output.nfe == outputs[0].nfe
             assert cache_error(output.past_key_values, outputs[0].past_key_values) < 1e-3
-    (graphs,) = graphs_arclm._IDLE[model]
+    (graphs,) = graphs_arclm._IDLE[model.model]
     assert not graphs.failed
     assert all(set(context.passes) == {False, True} for context in graphs.contexts.values())
 
@@ -53,7 +53,7 @@ def test_replayed_logits_equal_eager_logits_on_a_gpu(dtype, tolerance):
     ids = tokens(2, 32).cuda()
     mask = (torch.arange(32) >= 32 - torch.tensor(lengths)[:, None]).long().cuda()
     eager, cache = (model(ids, attention_mask=mask, use_cache=True).past_key_values for _ in range(2))
-    graphs, clean = borrow_graphs(model, model), tokens(2, 16, 1).cuda()
+    graphs, clean = borrow_graphs(model.model, model), tokens(2, 16, 1).cuda()
     for n in range(4):  # 32 to 96 columns
         x_t = block(n, 2, 16).cuda()
         inputs = {"input_ids": clean if n else None, "noisy_input_ids": x_t}
@@ -77,7 +77,7 @@ def test_weights_changed_in_place_or_moved_on_a_gpu():
     for change in (lambda: None, in_place, lambda: new_memory(model), lambda: model.cpu().cuda()):
         change()
         assert torch.equal(model.generate(x, **knobs), model.generate(x, **knobs, use_cuda_graphs=False))
-    assert not graphs_arclm._IDLE[model][0].failed
+    assert not graphs_arclm._IDLE[model.model][0].failed
 
 
 def test_the_host_waits_once_per_step_on_a_gpu():
@@ -127,4 +127,4 @@ def test_sampling_goes_on_after_a_capture_that_ran_out_of_memory_on_a_gpu(monkey
         texts.append(model.generate(tokens(1, 20).cuda(), max_new_tokens=40, do_sample=True, use_cuda_graphs=use))
     assert torch.equal(texts[1], texts[0])
     assert torch.equal(texts[2], texts[0])
-    assert all(graphs.failed for graphs in graphs_arclm._IDLE[model])
+    assert all(graphs.failed for graphs in graphs_arclm._IDLE[model.model])
