@@ -90,7 +90,7 @@ class CacheAccess(NamedTuple):
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, Hkv, S + columns, head_dim] of context, clean stream and noisy stream in this order.
 
-        `Qwen3_5Attention` calls it.
+        `ArcLMAttention` calls it.
         """
         joined = []
         for kept, new in ((self.cache.keys, key), (self.cache.values, value)):

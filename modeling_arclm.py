@@ -385,7 +385,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
             use_cache: make a cache where none is given (`True`), or leave the given one unchanged (`False`).
             labels: [B, T] target ids, -100 for no target, compared with the logits at the same position.
             loss_weights: [B, T] float factor of each position's cross-entropy, 1 if `None`.
-            clean_loss_weights: [B, T] float, 0 for no target: adds the AR loss of the clean stream in the same pass.
+            clean_loss_weights: [B, T] float, adds an AR loss: the factor of predicting token i + 1 from clean token i.
             num_items_in_batch: what each sum is divided by, the number of its targets if `None`.
             block_size: tokens per block, the trained size if `None`.
             logits_to_keep: how many last columns get logits, 0 for all; or which M positions, [M, V], as [B, T] bool
@@ -403,6 +403,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         hidden = None if graphs is None else graphs(self.model, input_ids, attention_mask, **inputs)
         if hidden is not None:
             return ArcLMOutput(logits=self.lm_head(_kept(hidden, logits_to_keep)), past_key_values=past_key_values)
+        targets = clean_targets(clean_loss_weights, input_ids, noisy_input_ids, labels, self.config)
         needed = None if labels is None else labels != -100
         more = {"use_cache": use_cache, "needed": needed, "output_hidden_states": output_hidden_states}
         outputs = self.model(input_ids, attention_mask, **inputs, **more)
@@ -412,8 +413,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
             output.logits = self.lm_head(_kept(hidden, logits_to_keep))
         else:
             output.loss = linear_cross_entropy(hidden, weight, labels, loss_weights, num_items_in_batch)
-        if clean_loss_weights is not None:
-            targets = clean_targets(clean_loss_weights, input_ids, noisy_input_ids, labels, self.config)
+        if targets is not None:
             clean = (outputs.clean_last_hidden_state, weight, targets, clean_loss_weights, num_items_in_batch)
             output.loss += linear_cross_entropy(*clean)
         return output

@@ -12,6 +12,8 @@ from .cache_arclm import ArcLMCache
 
 # Queries that attend at once, in longer passes: more of them look at keys in vain, fewer take more calls.
 PART_SIZE = 256
+# The backward pass keeps the keys of every part: with a bounded number of parts they grow no faster than the row.
+MAX_PARTS = 8
 
 
 class _Keys(NamedTuple):
@@ -134,7 +136,8 @@ class Streams(NamedTuple):
 
     def _parts(self, context: int) -> list[tuple[slice, tuple[slice, ...]]]:
         """Cut the queries into parts of whole blocks, and say which of the keys each needs."""
-        columns, size = self.position_ids.shape[1], max(1, PART_SIZE // self.block_size) * self.block_size
+        columns = self.position_ids.shape[1]
+        size = max(1, max(PART_SIZE, columns // MAX_PARTS) // self.block_size) * self.block_size
         if columns <= max(PART_SIZE, 2 * self.block_size):
             return [(slice(columns), (slice(context + columns),))]
         parts = []
@@ -154,7 +157,7 @@ class Streams(NamedTuple):
             parts.append((slice(self.num_noisy + start, self.num_noisy + stop), (slice(first, clean + stop),)))
         return parts
 
-    def _keys(self, cache: ArcLMCache | None) -> "_Keys":
+    def _keys(self, cache: ArcLMCache | None) -> _Keys:
         """The keys of the pass: [noisy ; clean], with a cache [context ; clean ; noisy]."""
         columns, is_token = torch.arange(self.position_ids.shape[1], device=self.position_ids.device), self.token_mask
         tokens = len(columns) - self.num_noisy
@@ -180,7 +183,7 @@ class Streams(NamedTuple):
         columns, position_ids = (F.pad(x, (context, 0), value=-1) for x in (columns, position_ids))
         return _Keys(columns, position_ids, is_token)
 
-    def _may_attend(self, queries: slice, keys: "_Keys", is_causal: bool) -> torch.Tensor:
+    def _may_attend(self, queries: slice, keys: _Keys, is_causal: bool) -> torch.Tensor:
         """[B or 1, queries, keys] bool, the drawing above."""
         q, k = self.position_ids[:, queries, None], keys.position_ids[:, None]
         columns = torch.arange(queries.start or 0, queries.stop, device=q.device)[:, None]
@@ -348,16 +351,18 @@ def check_inputs(
 
 
 def clean_targets(
-    clean_loss_weights: torch.Tensor,
+    clean_loss_weights: torch.Tensor | None,
     input_ids: torch.Tensor | None,
     noisy_input_ids: torch.Tensor | None,
     labels: torch.Tensor | None,
     config,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """What the clean stream is to predict [B, T]: at each position the next token, -100 where the weight is 0.
 
-    Raises a ValueError where its loss cannot be added to that of the noisy stream.
+    `None` without weights. Raises a ValueError where its loss cannot be added to that of the noisy stream.
     """
+    if clean_loss_weights is None:
+        return None
     if config.context_attention != "causal":
         raise ValueError(
             f'clean_loss_weights do not go with context_attention="{config.context_attention}": the clean stream has '
@@ -366,6 +371,6 @@ def clean_targets(
     if any(x is None or x.shape != clean_loss_weights.shape for x in (input_ids, noisy_input_ids, labels)):
         raise ValueError(
             f"clean_loss_weights {list(clean_loss_weights.shape)} want input_ids, noisy_input_ids and labels of the "
-            "same shape. For an AR loss alone give input_ids and labels."
+            "same shape. For an AR loss alone give input_ids, and as labels the next token of each position."
         )
     return F.pad(input_ids[:, 1:], (0, 1), value=-100).masked_fill(clean_loss_weights == 0, -100)

@@ -80,14 +80,7 @@ class BD3LMTrainer(Trainer):
         if noise_schedule not in NOISE_SCHEDULES:
             raise InputError(f'noise_schedule="{noise_schedule}" is unknown. Choose {" or ".join(NOISE_SCHEDULES)}.')
         super().__init__(*args, **kwargs)
-        if not 0 <= ar_loss_weight < math.inf:
-            raise InputError(f"ar_loss_weight={ar_loss_weight} is not a factor >= 0. Around 0.5 was measured.")
-        if ar_loss_weight and self.model.config.context_attention != "causal":
-            raise InputError(
-                "The AR loss needs a clean stream that reads from left to right. This model has context_attention="
-                f'"{self.model.config.context_attention}": convert it with --context_attention causal, or leave '
-                "--ar_loss_weight out."
-            )
+        check_ar_loss(ar_loss_weight, self.model.config)
         if self.args.n_gpu > 1:
             raise InputError(
                 f"One process sees {self.args.n_gpu} GPUs, and would number the rows of a step wrongly. Start one for "
@@ -152,7 +145,7 @@ class BD3LMTrainer(Trainer):
         return self.step_losses[-1]
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log, beside a loss of training, the cross-entropy of masked tokens by masking rate, and memory."""
+        """Log, beside a loss of training, cross-entropy by masking rate and of the clean stream, and memory."""
         if "loss" in logs:
             logs |= {**self.buckets.take(self), "memory_gib": memory_gib()}
         super().log(logs, *args, **kwargs)
@@ -199,6 +192,17 @@ class BD3LMTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items)
         return loss, None, None
+
+
+def check_ar_loss(weight: float, config: Config) -> None:
+    """Raise an InputError unless a model with this configuration can be trained with so many times the AR loss."""
+    if not 0 <= weight < math.inf:
+        raise InputError(f"ar_loss_weight={weight} is not a factor >= 0. Of those, 0.5 was measured.")
+    if weight and config.context_attention != "causal":
+        raise InputError(
+            "The AR loss needs a clean stream that reads from left to right. This model has context_attention="
+            f'"{config.context_attention}": convert it with --context_attention causal, or leave --ar_loss_weight out.'
+        )
 
 
 # ---- Main
@@ -248,7 +252,7 @@ class DataArguments:
     )
     ar_loss_weight: float = HfArg(
         default=0.0,
-        help="Add so many times the AR loss of the clean stream, at next to no cost; wants a model converted with "
+        help="Add so many times the AR loss of the clean stream (0.5 was measured); wants a model converted with "
         "--context_attention causal.",
     )
     lora_rank: int = HfArg(default=0, help="Train a LoRA adapter of this rank on all linear layers; 0: all weights.")
@@ -394,6 +398,7 @@ def main(argv: list[str] | None = None) -> None:
     """Load, train, evaluate, save."""
     data_args, args = parse_args(argv)
     model, tokenizer = load_model(data_args.model_name_or_path)
+    check_ar_loss(data_args.ar_loss_weight, model.config)
     checkpoint = choose_checkpoint(args, model.config)
     samples, counts = load_data(data_args, args, tokenizer, model.config)
     if args.process_index == 0:

@@ -1,6 +1,6 @@
 """What the speed benchmarks share: shapes and models, clocks, the limits of the machine, tables and result files.
 
-generate_speed.py, train_speed.py and scaling.py import it. All weights are random: no time here depends on them.
+All weights that it makes are random: no time or memory depends on them.
 """
 
 import ctypes

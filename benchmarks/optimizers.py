@@ -116,13 +116,15 @@ def main() -> None:
             step = prepare(row, shape, length, args.device)
             seconds = common.interleave({name: lambda step=step: common.timed(step, args.device)}, args.repeats)[name]
             del step
-            peak = common.peak_memory(args.device, prepare, row, shape, length, args.device)
-            line = {"row": name, **row._asdict(), "step_s": common.median(seconds), "peak_mb": peak / common.MB}
+            line = {"row": name, **row._asdict(), "step_s": common.median(seconds), "peak_mb": None}
+            if seconds:  # it fits into the memory
+                peak = common.peak_memory(args.device, prepare, row, shape, length, args.device)
+                line["peak_mb"] = peak / common.MB
             lines.append(line | {"loss_on_nano": learn(row, args.max_steps, Path(folder))})
             print(lines[-1], flush=True)
     for line in lines:
         line["step_over_default"] = common.ratio(line["step_s"], lines[0]["step_s"])
-        line["peak_over_default"] = line["peak_mb"] / lines[0]["peak_mb"]
+        line["peak_over_default"] = common.ratio(line["peak_mb"], lines[0]["peak_mb"])
     record = common.start_record("Optimizers: a training step, medians, and the loss of a short run.", args.device)
     settings = {"shape": shape, "length": length, "repeats": args.repeats, "max_steps": args.max_steps}
     common.print_table("Optimizers", lines)

@@ -14,6 +14,12 @@ from arclm.streams_arclm import Streams
 LENGTHS = (67, 50, 3)  # none is a multiple of a block
 
 
+def set_part_size(monkeypatch, part_size: int) -> None:
+    """Cut passes into parts of this many queries, as many as it takes."""
+    monkeypatch.setattr(streams_arclm, "PART_SIZE", part_size)
+    monkeypatch.setattr(streams_arclm, "MAX_PARTS", 10**6)
+
+
 def padded(length: int) -> torch.Tensor:
     """An attention mask [3, length] of rows of unequal lengths, padded on the left."""
     return (torch.arange(length) >= length - torch.tensor(LENGTHS)[:, None]).long()
@@ -53,7 +59,7 @@ SCENARIOS = [
 
 def laid_out(model, scenario, has_cache: bool, part_size: int, monkeypatch) -> tuple[Streams, int]:
     """The layout of a pass in parts of that size, and how many columns its context has."""
-    monkeypatch.setattr(streams_arclm, "PART_SIZE", part_size)
+    set_part_size(monkeypatch, part_size)
     size, cache = model.config.block_size, None
     if has_cache:
         cache = model(tokens(3, 2 * size), use_cache=True).past_key_values
@@ -104,7 +110,7 @@ def test_parts_change_no_loss_and_no_gradient(implementation, monkeypatch):
     inputs = {"attention_mask": padded(67), "noisy_input_ids": x_t, "labels": x_0.masked_fill(x_t == x_0, -100)}
     results = []
     for part_size in (1000, 16):
-        monkeypatch.setattr(streams_arclm, "PART_SIZE", part_size)
+        set_part_size(monkeypatch, part_size)
         model.zero_grad()
         loss = model(x_0, **inputs).loss
         loss.backward()
@@ -118,7 +124,7 @@ def test_a_long_context_read_in_parts_leaves_the_same_cache(monkeypatch):
     model, ids, block = tiny_model(block_size=4), tokens(2, 60), tokens(2, 4, 9)
     logits = []
     for part_size in (1000, 8):
-        monkeypatch.setattr(streams_arclm, "PART_SIZE", part_size)
+        set_part_size(monkeypatch, part_size)
         cache = model(ids[:, :20], use_cache=True).past_key_values
         logits.append(model(ids[:, 20:], noisy_input_ids=block, past_key_values=cache).logits)
         logits.append(model(noisy_input_ids=block, past_key_values=cache).logits)
@@ -134,5 +140,6 @@ def test_training_at_the_length_of_the_card_has_no_dense_mask():
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
     parts = streams.for_layers(config, None, torch.float32).attention
-    assert sum(part.mask.numel() for part in parts) < 0.35 * (2 * 2048) ** 2
-    assert max(part.mask.numel() for part in parts) < 0.05 * (2 * 2048) ** 2
+    assert len(parts) == streams_arclm.MAX_PARTS
+    assert sum(part.mask.numel() for part in parts) < 0.4 * (2 * 2048) ** 2
+    assert max(part.mask.numel() for part in parts) < 0.1 * (2 * 2048) ** 2
