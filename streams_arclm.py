@@ -117,16 +117,15 @@ class Streams(NamedTuple):
     def for_layers(self, config, cache: ArcLMCache | None, dtype: torch.dtype) -> "Streams":
         """Add what the attention layers need: rotary embedding and mask, in the dtype of the hidden states."""
         cos, sin = _rotary(config, self.position_ids, dtype)
-        columns = self.position_ids.shape[1]
+        columns, context = self.position_ids.shape[1], 0 if cache is None else cache.num_columns
         one_stream = self.num_noisy == columns or (self.num_noisy == 0 and config.context_attention == "block_causal")
         padding = self.token_mask is not None or (cache is not None and cache.token_mask is not None)
         if one_stream and columns <= self.block_size and not padding:  # a block sees all of itself and of its context
-            context = 0 if cache is None else cache.num_columns
-            every = AttentionPart(slice(columns), (slice(context + columns),), None)
-            return self._replace(cos=cos, sin=sin, attention=(every,))
+            attention = tuple(AttentionPart(*part, None) for part in self._parts(context))
+            return self._replace(cos=cos, sin=sin, attention=attention)
 
         keys, attention = self._keys(cache), []
-        for queries, slices in self._parts(keys.columns.numel() - columns):
+        for queries, slices in self._parts(context):
             seen = _Keys(*(x if x is None else torch.cat([x[..., part] for part in slices], -1) for x in keys))
             mask = self._may_attend(queries, seen, config.context_attention == "causal")[:, None]
             if config._attn_implementation == "eager":  # eager attention adds its mask to the scores
@@ -137,10 +136,9 @@ class Streams(NamedTuple):
     def _parts(self, context: int) -> list[tuple[slice, tuple[slice, ...]]]:
         """Cut the queries into parts of whole blocks, and say which of the keys each needs."""
         columns = self.position_ids.shape[1]
-        size = max(1, max(PART_SIZE, columns // MAX_PARTS) // self.block_size) * self.block_size
         if columns <= max(PART_SIZE, 2 * self.block_size):
             return [(slice(columns), (slice(context + columns),))]
-        parts = []
+        size, parts = max(1, max(PART_SIZE, columns // MAX_PARTS) // self.block_size) * self.block_size, []
         if self.noisy_blocks is not None:  # keys [noisy ; clean]
             first = clean = self.num_noisy
             blocks_before = self.noisy_blocks.amax(0).tolist()

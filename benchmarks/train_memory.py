@@ -4,8 +4,8 @@
 
 Random weights, rows of 2,048 tokens of which almost all are response, batch 1, gradient checkpointing, AdamW, and
 bfloat16 where the GPU has it: the script itself trains for two steps, each of 2 rows one after the other; the card's
-are of 16, which takes longer and no more memory. On a GPU it may take no more than 24 GB, as
-much as an RTX 4090 has, and is to take at most 22 GB. On a CPU it is float32, and what the process holds at most.
+are of 16, which takes longer and no more memory. On a GPU it may take no more than 24 GB, as much as an RTX 4090 has,
+and is to take at most 22 GB. On a CPU it is float32, and what the process holds at most.
 
 Results: benchmarks/results/train_memory_cpu.json (or _gpu.json).
 """
