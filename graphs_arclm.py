@@ -146,7 +146,7 @@ class StaticContext:
             else:
                 cache.keys[i] = append(cache.keys[i], keys[:, :, new])
                 cache.values[i] = append(cache.values[i], self.values[i][:, :, new])
-        cache.advance(token_mask, clean_ids, hidden_states)
+        cache.advance(token_mask, clean_ids, hidden_states, block_size=clean_ids.shape[1])
 
 
 def _put(buffer: torch.Tensor, content: torch.Tensor | None, dim: int) -> None:

@@ -33,6 +33,11 @@ def linear_cross_entropy(
         raise ValueError(f"loss_weights must be {list(labels.shape)} like labels, got {list(loss_weights.shape)}.")
     is_target = labels != -100
     hidden_states, labels = hidden_states[is_target], labels[is_target]
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+    if low < 0 or high >= len(weight):
+        raise ValueError(
+            f"labels has ids from {low} to {high}, outside the vocabulary [0, {len(weight)}). Use -100 for no target."
+        )
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):  # which does not look into an autograd function
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLogitsWarper
 
+from .cache_arclm import check_kind
+
 
 # Knobs of block diffusion that transformers' GenerationConfig does not know, with their defaults.
 KNOBS = {
@@ -30,25 +32,31 @@ REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entr
 DEFAULT_MAX_NEW_TOKENS = 256
 
 
-@lru_cache  # asked at every denoising step, and the same for the whole run
-def static_schedule(block_size: int, steps: int) -> list[int]:
-    """How many tokens of a block the static strategies accept at each step: those left over the steps left, rounded.
+def static_schedule(tokens: int, steps: int) -> list[int]:
+    """How many of so many tokens the static strategies accept at each step: those left over the steps left, rounded.
 
-    dLLM's linear schedule, without the steps whose share rounds to 0. A block that begins with the end of the prompt
-    follows it too and takes fewer steps.
+    dLLM's linear schedule, without the steps whose share rounds to 0.
     """
     t = torch.tensor([step / steps for step in range(steps + 1)])
     t = 1 - (1 - t)  # as dLLM computes it: the rounding of float32 decides the ties
     counts = []
-    for step in range(steps, 0, -1):
-        counts.append(round((block_size - sum(counts)) * (1 - (t[step - 1] / t[step]).item())))
+    for ratio in (t[:-1] / t[1:]).flip(0).tolist():
+        counts.append(round((tokens - sum(counts)) * (1 - ratio)))
     return [count for count in counts if count]
+
+
+@lru_cache  # asked at every denoising step, and the same for the whole run
+def static_schedules(block_size: int, steps: int, device: torch.device) -> torch.Tensor:
+    """[block_size + 1, steps] the static schedule of each number of tokens, 0 after its end."""
+    schedules = [static_schedule(tokens, steps) for tokens in range(block_size + 1)]
+    return torch.tensor([counts + [0] * (steps - len(counts)) for counts in schedules], device=device)
 
 
 def accept_tokens(
     confidence: torch.Tensor,
     entropy: torch.Tensor,
     is_masked: torch.Tensor,
+    share_of: torch.Tensor,
     step: int,
     knobs: dict[str, Any],
 ) -> torch.Tensor:
@@ -58,6 +66,7 @@ def accept_tokens(
         confidence: [B, L] probability of each proposed token, -1 where not masked.
         entropy: [B, L] in nats, infinite where not masked.
         is_masked: [B, L] bool.
+        share_of: [B] how many tokens the static strategies spread over the steps, at least those masked at first.
         step: denoising step, from 0.
         knobs: `max_denoising_steps` S, `remasking_strategy`, `confidence_threshold`, `entropy_bound`.
 
@@ -84,7 +93,7 @@ def accept_tokens(
             ascending = entropy.gather(1, order)
             chosen = (ascending.cumsum(1) - ascending <= knobs["entropy_bound"]).gather(1, rank)
     else:
-        count = static_schedule(confidence.shape[1], steps)[step]
+        count = static_schedules(confidence.shape[1], steps, confidence.device)[share_of, step, None]
         chosen = torch.zeros_like(is_masked)
     return (chosen | (rank < count)) & is_masked
 
@@ -178,7 +187,7 @@ def check_attention_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) 
         raise ValueError(f"The prompt of row {row} is all padding. Give every prompt at least one token.")
 
 
-def check_cache(cache, ids: torch.Tensor, starts: torch.Tensor, config) -> torch.Tensor:
+def check_cache(cache, ids: torch.Tensor, starts: torch.Tensor, config, block_size: int) -> torch.Tensor:
     """Return how many tokens of each row are cached, [B]; a ValueError unless they begin the prompt.
 
     Args:
@@ -186,13 +195,10 @@ def check_cache(cache, ids: torch.Tensor, starts: torch.Tensor, config) -> torch
         ids: [B, W] prompts, aligned left.
         starts: [B] tokens in the complete blocks of each prompt.
         config: of the model.
+        block_size: tokens per block of this run.
     """
-    # remote code may define the class of the cache twice, so ask what it has and not what it is
-    if not hasattr(cache, "token_ids"):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}. Pass one that `generate` or the model returned."
-        )
-    cache.check(len(ids), config)
+    check_kind(cache)
+    cache.check(len(ids), config, block_size)
     if cache.lengths is None:
         return torch.zeros_like(starts)
     if (cache.lengths > starts).any():

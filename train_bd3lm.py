@@ -81,6 +81,8 @@ class BD3LMTrainer(Trainer):
             raise InputError(f'noise_schedule="{noise_schedule}" is unknown. Choose {" or ".join(NOISE_SCHEDULES)}.')
         super().__init__(*args, **kwargs)
         check_ar_loss(ar_loss_weight, self.model.config)
+        if self.args.label_smoothing_factor:
+            raise InputError("label_smoothing_factor would replace the loss and its weights: leave it out.")
         if self.args.n_gpu > 1:
             raise InputError(
                 f"One process sees {self.args.n_gpu} GPUs, and would number the rows of a step wrongly. Start one for "

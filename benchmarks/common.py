@@ -310,9 +310,10 @@ def hardware(device: str) -> dict:
     return found
 
 
-def versions(dllm: str | None = None) -> dict:
-    """Return versions of what was measured, the commit of a dLLM checkout among them."""
-    found = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
+def versions(dllm: str | None = None, packages: tuple[str, ...] = ()) -> dict:
+    """Return versions of what was measured, those of further packages and the commit of a dLLM checkout among them."""
+    names = ("torch", "transformers", *packages)
+    found = {"python": platform.python_version()} | {name: version(name) for name in names}
     if dllm is not None:
         command = ["git", "-C", dllm, "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -320,10 +321,13 @@ def versions(dllm: str | None = None) -> dict:
     return found
 
 
-def start_record(what: str, device: str, dllm: str | None = None) -> dict:
+def start_record(
+    what: str, device: str, *, seed: int = 0, dllm: str | None = None, packages: tuple[str, ...] = ()
+) -> dict:
     """Return the head of a result file."""
     dtype = str(default_dtype(device)).removeprefix("torch.")
-    return {"what": what, "hardware": hardware(device), "dtype": dtype, "versions": versions(dllm), "seed": 0}
+    found = versions(dllm, packages)
+    return {"what": what, "hardware": hardware(device), "dtype": dtype, "versions": found, "seed": seed}
 
 
 def default_output(name: str, device: str) -> Path:

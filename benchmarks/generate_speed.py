@@ -256,7 +256,7 @@ def main() -> None:
     args.shapes = args.shapes or ["nano", "hidden256", *["0.8b"] * is_gpu]
     args.batch_sizes = args.batch_sizes or [1, 4, *[16] * is_gpu]
     args.contexts = args.contexts or [64, 1024, *[8192] * is_gpu]
-    record = start_record("Seconds of generate and of a denoising step, medians.", args.device, args.dllm)
+    record = start_record("Seconds of generate and of a denoising step, medians.", args.device, dllm=args.dllm)
     record |= {"repeats": args.repeats, "tokens_per_step": args.tokens_per_step}
     record |= {"targets": TARGETS, "targets_long": LONG_TARGETS | LONG}
     peer = load_dllm(args.dllm, "dllm.core.samplers.bd3lm")

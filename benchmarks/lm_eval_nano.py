@@ -9,14 +9,10 @@ counts the tasks with the same text at both batch sizes. nano_choice, by log-lik
 arcLM-nano by lm_eval_arclm.py.
 """
 
-import json
-import os
-import platform
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 
+from common import RESULTS, ROOT, SHAPES, start_record, write_record
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -26,7 +22,6 @@ from transformers.hf_argparser import HfArg
 from arclm.lm_eval_arclm import ArcLMEval
 
 
-ROOT = Path(__file__).resolve().parents[1]
 # without the harness' own tasks: it would read thousands of files
 TASKS = TaskManager(include_path=str(ROOT / "benchmarks" / "lm_eval_tasks"), include_defaults=False)
 TASK, CHOICE = "nano_gsm8k", "nano_choice"
@@ -39,9 +34,9 @@ class LmEvalNanoArguments:
     """What to measure."""
 
     parent: str = HfArg(default=str(ROOT / "nano" / "arclm-nano-base"), help="Directory of the parent.")
-    model: str = HfArg(default=str(ROOT / "nano" / "arclm-nano"), help="Directory of the converted, trained model.")
+    model: str = HfArg(default=str(SHAPES["nano"]), help="Directory of the converted, trained model.")
     limit: int | None = HfArg(default=None, help="Number of tasks, all 400 if unset.")
-    output_file: str = HfArg(default=str(ROOT / "benchmarks" / "results" / "lm_eval_nano.json"), help="Result file.")
+    output_file: str = HfArg(default=str(RESULTS / "lm_eval_nano.json"), help="Result file.")
 
 
 def run(path: str, batch_size: int, limit: int | None) -> tuple[dict[str, float], list[str]]:
@@ -59,6 +54,7 @@ def run(path: str, batch_size: int, limit: int | None) -> tuple[dict[str, float]
         batch_size=batch_size,
         device="cpu",
         limit=limit,
+        bootstrap_iters=0,
     )
     samples = [sample for sample in results["samples"][TASK] if sample["filter"] == "strict-match"]
     generations = [sample["resps"][0][0] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
@@ -77,6 +73,8 @@ def choose(kind: type[HFLM], path: str, limit: int | None) -> float:
 def main() -> None:
     """Measure, write, print."""
     args = HfArgumentParser(LmEvalNanoArguments).parse_args_into_dataclasses()[0]
+    what = "lm-evaluation-harness: exact match, greedy, one token per denoising step; accuracy of nano_choice."
+    record = start_record(what, "cpu", packages=("lm_eval",))
     models, start = {}, time.perf_counter()
     for name, path, kind in (("parent", args.parent, HFLM), ("arclm", args.model, ArcLMEval)):
         runs = {size: run(path, size, args.limit) for size in BATCH_SIZES}
@@ -84,19 +82,14 @@ def main() -> None:
         models[name] = {f"batch_{size}": scores for size, (scores, _) in runs.items()}
         models[name]["same_generations"] = sum(a == b for a, b in zip(one, four, strict=True))
         models[name][CHOICE] = choose(kind, path, args.limit)
-    record = {
-        "what": "lm-evaluation-harness: exact match, greedy, one token per denoising step; accuracy of nano_choice.",
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU, float32",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("lm_eval", "torch", "transformers", "tokenizers")},
+    record |= {
         "task": f"benchmarks/lm_eval_tasks/{TASK}.yaml",
         "tasks": len(one),
         "seconds": round(time.perf_counter() - start),
         "models": models,
     }
-    text = json.dumps(record, indent=2)
-    Path(args.output_file).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    print(models)
+    write_record(record, args.output_file)
 
 
 if __name__ == "__main__":

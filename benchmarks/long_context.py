@@ -9,17 +9,14 @@ neither time nor memory depends on them.
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from common import MB, RESULTS, cache_bytes, exponent, make_arclm, random_ids, resident, write_record
+from common import MB, RESULTS, cache_bytes, exponent, make_arclm, random_ids, resident, start_record, write_record
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
@@ -62,7 +59,8 @@ def main() -> None:
     if args.model:
         print(json.dumps(measure(args.model, args.length)))
         return
-    models = {}
+    what = "One block after a random prompt, batch 1, 4 denoising steps; prefill in pieces of 2,048 tokens."
+    record, models = start_record(what, "cpu"), {}
     for name, lengths in LENGTHS.items():
         rows = []
         for length in lengths:
@@ -72,14 +70,7 @@ def main() -> None:
         lengths = lengths[1:]
         exponents = {key: exponent(lengths, [row[key] for row in rows[1:]]) for key in ("seconds", "peak_mb")}
         models[name] = {"rows": rows, "exponents": exponents}
-    record = {
-        "what": "One block after a random prompt, batch 1, 4 denoising steps; prefill in pieces of 2,048 tokens.",
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU, float32",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers")},
-        "models": models,
-    }
-    write_record(record, args.output_file)
+    write_record(record | {"models": models}, args.output_file)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,15 @@ float32, and writes benchmarks/results/loss_memory.json. "peak_mb" counts what c
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import MB, RESULTS, resident, write_record
+from common import MB, RESULTS, resident, start_record, write_record
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
@@ -75,15 +72,13 @@ def main() -> None:
     if args.loss:
         print(json.dumps(measure(args.loss)))
         return
-    rows = {}
+    what = f"Forward and backward, {TARGETS} targets, hidden size {HIDDEN}, {VOCABULARY} ids."
+    record, rows = start_record(what, "cpu"), {}
     for name in LOSSES:
         command = [sys.executable, __file__, "--loss", name]
         rows[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         print(name, rows[name], flush=True)
-    record = {
-        "what": f"Forward and backward, {TARGETS} targets, hidden size {HIDDEN}, {VOCABULARY} ids.",
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU, float32",
-        "versions": {"python": platform.python_version(), "torch": version("torch")},
+    record |= {
         "losses": rows,
         "plain_over_ours": round(ratio(rows), 1),
         "plain_over_ours_without_gradient": round(ratio(rows, "gradient_mb"), 1),

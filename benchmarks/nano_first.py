@@ -7,15 +7,11 @@ measures nano/arclm-nano-base and nano/arclm-nano, both greedy, and writes bench
 above the default threshold.
 """
 
-import json
-import os
-import platform
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from common import RESULTS, ROOT, SHAPES, start_record, write_record
 from rich.console import Console
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -24,23 +20,26 @@ from arclm.nano.evaluate import decodings, evaluate, print_table
 from arclm.nano.world import FAMILIES, tasks_per_family
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 @dataclass
 class NanoFirstArguments:
     """What to measure."""
 
     parent: str = HfArg(default=str(ROOT / "nano" / "arclm-nano-base"), help="Directory of the parent.")
-    model: str = HfArg(default=str(ROOT / "nano" / "arclm-nano"), help="Directory of the converted, trained model.")
+    model: str = HfArg(default=str(SHAPES["nano"]), help="Directory of the converted, trained model.")
     tasks_per_family: int = HfArg(default=400, help="Held-out tasks of every family.")
     seed: int = HfArg(default=8, help="Seed of the tasks, one that no training or choice of settings has used.")
-    output_file: str = HfArg(default=str(ROOT / "benchmarks" / "results" / "nano_first.json"), help="Result file.")
+    output_file: str = HfArg(default=str(RESULTS / "nano_first.json"), help="Result file.")
 
 
 def main() -> None:
     """Measure, print, write."""
     args = HfArgumentParser(NanoFirstArguments).parse_args_into_dataclasses()[0]
+    record = start_record(
+        "Exact match on held-out tasks, greedy. tpf: generated tokens up to and with the end token per denoising "
+        "step, mean over tasks; below the number in the name where a block ends with less than that.",
+        "cpu",
+        seed=args.seed,
+    )
     console, start = Console(), time.perf_counter()
     tasks = tasks_per_family("test", args.seed, args.tasks_per_family)
     tokenizer = AutoTokenizer.from_pretrained(args.parent)
@@ -61,13 +60,7 @@ def main() -> None:
         arclm = {name: row["accuracy"] for name, row in rows.items() if name != "parent"}
         arclm["dynamic"] = {"accuracy": arclm["dynamic"], "tpf": rows["dynamic"]["tokens_per_forward"]}
         families[family] = {"parent": rows["parent"]["accuracy"], "arclm": arclm}
-    record = {
-        "what": "Exact match on held-out tasks, greedy. tpf: generated tokens up to and with the end token per "
-        "denoising step, mean over tasks; below the number in the name where a block ends with less than that.",
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU, float32",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "tokenizers")},
-        "seed": args.seed,
+    record |= {
         "tasks_per_family": args.tasks_per_family,
         "block_size": model.config.block_size,
         "parameters": model.num_parameters(),
@@ -75,8 +68,7 @@ def main() -> None:
         "families": families,
         "details": results,
     }
-    Path(args.output_file).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    console.print(f"Wrote {args.output_file}")
+    write_record(record, args.output_file)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -232,11 +231,10 @@ def main() -> None:
     """Measure, print, write."""
     args = HfArgumentParser(QuantizedArguments).parse_args_into_dataclasses()[0]
     peers = {name: variant for name, variant in PEERS.items() if find_spec(name.split(".")[0])}
-    record = start_record("Weight-only int8 (torchao), see benchmarks/quantized.py.", "cpu")
-    record["dtype"], record["seed"] = "see the name of each variant", args.seed
-    packages = ["torchao", *(name.replace(".", "-") for name in peers)]
-    record["versions"] |= {name: version(name) for name in packages}
-    record["tasks_per_family"] = args.tasks_per_family
+    packages = ("torchao", *(name.replace(".", "-") for name in peers))
+    what = "Weight-only int8 (torchao), see benchmarks/quantized.py."
+    record = start_record(what, "cpu", seed=args.seed, packages=packages)
+    record |= {"dtype": "see the name of each variant", "tasks_per_family": args.tasks_per_family}
 
     record["steps"] = []
     for shape in args.shapes:

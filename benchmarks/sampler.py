@@ -9,16 +9,14 @@ found.
 """
 
 import json
-import os
-import platform
 import time
 from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from common import RESULTS, SHAPES, start_record, write_record
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser
@@ -28,8 +26,6 @@ from arclm.nano.evaluate import answer, degeneration, judge
 from arclm.nano.world import FAMILIES, tasks_per_family
 
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 STEPS = [{"max_denoising_steps": steps} for steps in (16, 8, 4, 2)]
 SWEEPS = {
     "low_confidence_static": STEPS,
@@ -45,7 +41,7 @@ TEMPERATURES = (0.6, 0.9, 1.2)
 class SamplerArguments:
     """What to measure."""
 
-    model: str = HfArg(default=str(ROOT / "nano" / "arclm-nano"), help="Directory of the model.")
+    model: str = HfArg(default=str(SHAPES["nano"]), help="Directory of the model.")
     tasks_per_family: int = HfArg(default=200, help="Held-out tasks of every family.")
     seed: int = HfArg(default=11, help="Seed of the tasks, one that no training or choice of settings has used.")
     output_file: str = HfArg(default=str(RESULTS / "sampler.json"), help="Result file; the plot is beside it.")
@@ -95,6 +91,12 @@ def plot(curves: dict[str, list[dict]], file: Path) -> None:
 def main() -> None:
     """Measure, print, draw, write."""
     args = HfArgumentParser(SamplerArguments).parse_args_into_dataclasses()[0]
+    record = start_record(
+        "arcLM-nano on held-out tasks. tokens_per_forward: generated tokens up to and with the end token per "
+        "denoising step, mean over tasks. degenerate: share of outputs.",
+        "cpu",
+        seed=args.seed,
+    )
     start = time.perf_counter()
     tasks = tasks_per_family("test", args.seed, args.tasks_per_family)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
@@ -114,13 +116,7 @@ def main() -> None:
     print_table("low_confidence_static, sampled", sampled, ["temperature", "max_denoising_steps"])
 
     parity = json.loads((RESULTS / "dllm_parity.json").read_text(encoding="utf-8"))
-    record = {
-        "what": "arcLM-nano on held-out tasks. tokens_per_forward: generated tokens up to and with the end token per "
-        "denoising step, mean over tasks. degenerate: share of outputs.",
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU, float32",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "tokenizers")},
-        "seed": args.seed,
+    record |= {
         "tasks_per_family": args.tasks_per_family,
         "block_size": model.config.block_size,
         "seconds": round(time.perf_counter() - start),
@@ -128,9 +124,8 @@ def main() -> None:
         "degenerate": sampled,
         "parity": {name: parity[name] for name in ("what", "equal", "runs")},
     }
-    Path(args.output_file).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(record, args.output_file)
     plot(curves, Path(args.output_file).with_suffix(".png"))
-    Console().print(f"Wrote {args.output_file}")
 
 
 if __name__ == "__main__":

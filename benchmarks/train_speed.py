@@ -211,7 +211,7 @@ def main() -> None:
     is_gpu = args.device == "cuda"
     args.shapes = args.shapes or ["nano", "hidden256", *["0.8b"] * is_gpu]
     args.lengths = args.lengths or [512, *[2048] * is_gpu]
-    record = start_record("Seconds and peak memory of a training step, medians.", args.device, args.dllm)
+    record = start_record("Seconds and peak memory of a training step, medians.", args.device, dllm=args.dllm)
     record |= {"repeats": args.repeats, "targets": TARGETS, "rows": []}
     file = Path(args.output_file or default_output("train_speed", args.device))
     load_dllm(args.dllm, DLLM_TRAINER)

@@ -102,8 +102,18 @@ def test_static_accepts_the_same_number_of_tokens_at_every_step_the_most_confide
 
 def test_static_takes_fewer_steps_for_a_block_that_begins_with_the_prompt():
     model = scripted([10, 11, 12, 13])
-    output = greedy(model, tokens(1, 6), max_new_tokens=2, max_denoising_steps=2)
-    assert [int((block == MASK).sum()) for block in output.history] == [0]
+    output = greedy(model, tokens(1, 6), max_new_tokens=6, max_denoising_steps=2)
+    assert [int((block == MASK).sum()) for block in output.history] == [0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "steps", "expected"),
+    [(4, 3, 3, 3), (4, 2, 1, 1), (4, 6, 6, 5), (6, 1, 1, 1), (6, 2, 2, 2), (6, 7, 8, 7), (4, 12, 2, 3)],
+)
+def test_static_takes_the_steps_asked_for_where_a_block_is_cut_short(prompt, new, steps, expected):
+    """ceil(steps / blocks) per block, at most one per token; a block of 4 that is cut short spreads what it has."""
+    model = scripted([10, 11, 12, 13])
+    assert len(greedy(model, tokens(1, prompt), max_new_tokens=new, steps=steps).history) == expected
 
 
 def test_dynamic_accepts_what_is_above_the_threshold_and_always_one():
@@ -240,6 +250,20 @@ def test_the_nearest_config_that_names_a_length_decides():
     model.generation_config = GenerationConfig(max_new_tokens=2)
     config = GenerationConfig(max_length=10, do_sample=False)
     assert model.generate(tokens(1, 3), generation_config=config).shape[1] == 10
+
+
+def test_a_cache_goes_with_the_block_size_it_was_made_with():
+    """With `context_attention="causal"` no token of the context saw the rest of its block, so any size goes."""
+    for context in ("block_causal", "causal"):
+        model, ids = tiny_model(block_size=4, context_attention=context), tokens(1, 8)
+        first = greedy(model, ids, max_new_tokens=8)
+        more = {"past_key_values": first.past_key_values, "max_new_tokens": 4, "block_size": 2}
+        if context == "causal":
+            expected = greedy(model, first.sequences, max_new_tokens=4, block_size=2)
+            assert torch.equal(greedy(model, first.sequences, **more).sequences, expected.sequences)
+        else:
+            with pytest.raises(ValueError, match="made with block_size=4, and this call has 2"):
+                greedy(model, first.sequences, **more)
 
 
 def test_sampling_follows_the_seed_and_the_processors():

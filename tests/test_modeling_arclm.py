@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import MASK, noisy, tiny_model, tokens
 from reference import blockwise_logits, error
+from transformers import DynamicCache
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
@@ -378,6 +379,13 @@ def bad_calls():
         r"clean_loss_weights \[2, 16\] want .* For an AR loss alone": lambda m: tiny_model(context_attention="causal")(
             x, labels=x, clean_loss_weights=torch.ones(2, 16)
         ),
+        r"made with block_size=4, and this call has 2": lambda m: m(
+            noisy_input_ids=x[:, :2], past_key_values=m(x, block_size=4, use_cache=True).past_key_values, block_size=2
+        ),
+        "past_key_values is a DynamicCache": lambda m: m(x, past_key_values=DynamicCache()),
+        r"labels has ids from 66 to 97, outside the vocabulary \[0, 97\)": lambda m: m(
+            x, labels=torch.arange(66, 98).view(2, 16)
+        ),
         r"labels must be \[2, 16\]": lambda m: m(x, noisy_input_ids=x, labels=x[:, 1:]),
         r"loss_weights must be \[2, 16\]": lambda m: m(x, noisy_input_ids=x, labels=x, loss_weights=torch.ones(2, 1)),
     }
@@ -392,10 +400,15 @@ def test_bad_input_gets_a_sentence(sentence):
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="unknown arguments position_idz"):
         tiny_model()(tokens(1, 4), position_idz=1)
+    with pytest.raises(TypeError, match="unknown arguments inputs_embeds, start"):
+        tiny_model()(tokens(1, 4), inputs_embeds=torch.zeros(1, 4, 8), start=0)
 
 
 def test_a_cache_does_not_go_with_gradient_checkpointing():
     model = tiny_model().train()
     model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="does not go with gradient checkpointing"):
+    with torch.enable_grad(), pytest.raises(ValueError, match="does not go with gradient checkpointing"):
         model(tokens(1, 16), use_cache=True)
+    # without gradients nothing is computed twice
+    logits = model(tokens(1, 16), use_cache=True).logits
+    assert torch.equal(logits, model.eval()(tokens(1, 16)).logits)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, StoppingCriteriaList
 
-from arclm.sampling_bd3lm import REMASKING_STRATEGIES, accept_tokens, draw, static_schedule
+from arclm.sampling_bd3lm import REMASKING_STRATEGIES, accept_tokens, draw, static_schedule, static_schedules
 
 
 @settings(max_examples=200, deadline=None)
@@ -28,7 +28,8 @@ def test_every_position_is_accepted_once_within_the_steps(confidence, steps, thr
         if not is_masked.any():
             break
         entropy = (1 - scores).masked_fill(~is_masked, torch.inf)
-        accepted = accept_tokens(scores.masked_fill(~is_masked, -1.0), entropy, is_masked, step, knobs)
+        share_of = torch.tensor([len(confidence)])
+        accepted = accept_tokens(scores.masked_fill(~is_masked, -1.0), entropy, is_masked, share_of, step, knobs)
         assert not (accepted & ~is_masked).any()
         assert accepted.any()
         is_masked = is_masked & ~accepted
@@ -44,6 +45,10 @@ def test_the_static_schedule_is_dllms():
         for steps in range(1, block_size + 1):
             assert sum(static_schedule(block_size, steps)) == block_size
             assert len(static_schedule(block_size, steps)) <= steps
+    table = static_schedules(16, 11, torch.device("cpu"))
+    assert table.shape == (17, 11)
+    assert table[16].tolist() == static_schedule(16, 11)
+    assert table[4].tolist() == static_schedule(4, 11) + [0] * 7
 
 
 # Bad input
@@ -59,7 +64,6 @@ BAD = {
     "entropy_bound=-1 must be at least 0": {"entropy_bound": -1},
     r"confidence_threshold=1.5 is outside \[0, 1\]": {"confidence_threshold": 1.5},
     "leaves no room after a prompt of 8 tokens": {"max_length": 8},
-    "steps=2 is fewer than the 3 blocks of 16 for 33 new tokens.*steps=3 or": {"steps": 2, "max_new_tokens": 33},
     "8 tokens and 4089 new ones reach beyond the 4096 positions": {"max_new_tokens": 4089},
     r"attention_mask must be \[2, 8\]": {"attention_mask": torch.ones(2, 7)},
     "The prompt of row 1 is all padding": {"attention_mask": torch.tensor([[1] * 8, [0] * 8])},

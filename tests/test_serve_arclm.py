@@ -161,7 +161,7 @@ def test_our_knobs_travel_in_the_body(client):
 BAD_KNOBS = {
     "remasking_strategy='best' is unknown. Choose one of low_confidence_static,": {"remasking_strategy": "best"},
     "block_size=17 is outside [1, 16], up to the trained size.": {"block_size": 17},
-    "steps=2 is fewer than the 3 blocks of 16 for 40 new tokens.": {"steps": 2, "max_new_tokens": 40},
+    "steps=0 must be at least 1.": {"steps": 0},
     "confidence_threshold=1.5 is outside [0, 1].": {"confidence_threshold": 1.5},
     "num_beams=4 does not go with block diffusion.": {"num_beams": 4},
     "generation_config has the unknown names blok_size, stpes. Choose among the fields of GenerationConfig and "

@@ -128,6 +128,13 @@ def test_an_unknown_schedule_is_named():
         bd3lm.BD3LMTrainer(noise_schedule="log")
 
 
+def test_label_smoothing_is_refused(tmp_path):
+    """The Trainer would take it from all logits, without the weights of the loss."""
+    args = TrainingArguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(bd3lm.InputError, match="label_smoothing_factor would replace the loss"):
+        bd3lm.BD3LMTrainer(tiny_model(), args)
+
+
 def test_an_ar_loss_that_cannot_be_is_refused(config, samples, tmp_path):
     args = TrainingArguments(tmp_path)
     for options, weight, message in [

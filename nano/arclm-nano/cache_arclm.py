@@ -1,6 +1,6 @@
 """The cache of a hybrid model under block diffusion: written by commits, read by denoising steps."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ class ArcLMCache:
         lengths: [B] committed tokens of each row.
         token_mask: [B, S] bool, which columns of keys and values are tokens; `None` where all are.
         token_ids: [B, S] the committed tokens, and padding.
+        block_size: tokens per block, `None` while it is empty.
         last_hidden_state: [B, 1, D] final hidden state of the last committed token.
     """
 
@@ -35,14 +36,15 @@ class ArcLMCache:
         self.token_mask: torch.Tensor | None = None
         self.token_ids: torch.Tensor | None = None
         self.last_hidden_state: torch.Tensor | None = None
+        self.block_size: int | None = None
         self.num_columns = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed tokens of the longest row."""
         return 0 if self.lengths is None else int(self.lengths.max())
 
-    def check(self, batch_size: int, config) -> None:
-        """Raise ValueError unless the cache was made by a model of this `config` for `batch_size` rows."""
+    def check(self, batch_size: int, config, block_size: int) -> None:
+        """Raise ValueError unless it fits a model of this `config`, `batch_size` rows and blocks of `block_size`."""
         if len(self.keys) != config.num_hidden_layers:
             raise ValueError(
                 f"past_key_values has {len(self.keys)} layers, this model {config.num_hidden_layers}. "
@@ -52,12 +54,23 @@ class ArcLMCache:
             raise ValueError(
                 f"past_key_values holds {len(self.lengths)} rows, the input {batch_size}. Use one row per cached row."
             )
+        if config.context_attention == "block_causal" and self.block_size not in (None, block_size):
+            raise ValueError(
+                f"past_key_values was made with block_size={self.block_size}, and this call has {block_size}. A token "
+                "attends to the rest of its block, so the cache depends on it: use the same, or no cache."
+            )
 
     def row_token_ids(self, row: int) -> torch.Tensor:
         """The committed tokens of a row, [n]."""
         return self.token_ids[row] if self.token_mask is None else self.token_ids[row][self.token_mask[row]]
 
-    def advance(self, token_mask: torch.Tensor | None, token_ids: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    def advance(
+        self,
+        token_mask: torch.Tensor | None,
+        token_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        block_size: int,
+    ) -> None:
         """Record a commit of the tokens [B, T] that `token_mask` marks, with their final hidden states [B, T, D]."""
         batch, tokens, _ = hidden_states.shape
         every = torch.ones(batch, tokens, dtype=torch.bool, device=hidden_states.device)
@@ -72,6 +85,16 @@ class ArcLMCache:
         self.last_hidden_state = last
         self.lengths = lengths if self.lengths is None else self.lengths + lengths
         self.num_columns += tokens
+        self.block_size = block_size
+
+
+def check_kind(cache: Any) -> None:
+    """Raise ValueError unless `cache`, passed as `past_key_values`, is one of this file."""
+    # remote code may define the class twice, so ask what it has and not what it is
+    if not hasattr(cache, "token_ids"):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}. Pass one that `generate` or the model returned."
+        )
 
 
 class CacheAccess(NamedTuple):

@@ -138,14 +138,14 @@ class BD3LMGenerationMixin:
         run.prefill()
         while True:
             # 3.a Start the block
-            block, is_masked = run.start_block()
+            block, is_masked, share_of = run.start_block()
             # 3.b Denoise
             for step in range(knobs["max_denoising_steps"]):
                 masked = is_masked.nonzero(as_tuple=True)  # where the host waits for the device, once per step
                 if not len(masked[0]):
                     break
                 tokens, confidence, entropy = run.predict(block, is_masked, masked)
-                accepted = accept_tokens(confidence, entropy, is_masked, step, knobs)
+                accepted = accept_tokens(confidence, entropy, is_masked, share_of, step, knobs)
                 block, is_masked = run.settle(block, is_masked, accepted, tokens)
                 if hasattr(streamer, "put_draft"):
                     streamer.put_draft(run.new_tokens(block).cpu())
@@ -221,12 +221,6 @@ class _Run:
             raise ValueError(
                 f"max_length={config.max_length} leaves no room after a prompt of {prompt} tokens. Use max_new_tokens."
             )
-        num_blocks, steps = -(-new // self.block_size), knobs["steps"]
-        if steps is not None and steps < num_blocks:
-            raise ValueError(
-                f"steps={steps} is fewer than the {num_blocks} blocks of {self.block_size} for {new} new tokens. Each "
-                f"takes at least one: use steps={num_blocks} or more, or max_denoising_steps, which counts per block."
-            )
         # 1. Align the prompts left
         self.order = self.is_token.int().argsort(dim=1, descending=True, stable=True)
         self.prompt_lengths = self.is_token.sum(1)
@@ -247,6 +241,7 @@ class _Run:
         self.row_steps, self.nfe, self.history, self.checked = torch.zeros_like(self.limits), 0, [], 0
         self.to_commit, self.is_finite = {}, torch.ones((), dtype=torch.bool, device=input_ids.device)
         self.graphs = borrow_graphs(model.model, self) if knobs["use_cuda_graphs"] else None
+        num_blocks, steps = -(-new // self.block_size), knobs["steps"]
         per_block = self.block_size if steps is None else -(-steps // num_blocks)
         knobs["max_denoising_steps"] = min(per_block, knobs["max_denoising_steps"] or self.block_size, self.block_size)
 
@@ -283,7 +278,7 @@ class _Run:
     def prefill(self) -> None:
         cached = torch.zeros_like(self.starts)
         if self.cache is not None:
-            cached = check_cache(self.cache, self.ids, self.starts, self.model.config)
+            cached = check_cache(self.cache, self.ids, self.starts, self.model.config, self.block_size)
         piece = max(PREFILL_TOKENS // self.block_size, 1) * self.block_size
         for offset in range(0, int((self.starts - cached).max()), piece):
             columns = cached[:, None] + torch.arange(offset, offset + piece, device=self.ids.device)
@@ -292,11 +287,17 @@ class _Run:
             ids = self.ids.gather(1, columns.clamp(max=self.ids.shape[1] - 1))
             self.forward(input_ids=ids, attention_mask=inside.long(), use_cache=True, logits_to_keep=1)
 
-    def start_block(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The current block [B, L] and its positions to fill [B, L] bool."""
+    def start_block(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The current block [B, L], its positions to fill [B, L] bool, and how many tokens share the steps [B].
+
+        That is a block of the answer, or what is left of it. A block that begins with the end of the prompt is filled
+        at the pace of a whole one, in fewer steps.
+        """
         columns = self.columns(self.block_size).clamp(max=self.ids.shape[1] - 1)
         block = self.ids.gather(1, columns)
-        return block, (block == self.mask_token_id) & (columns < self.ends[:, None]) & ~self.finished[:, None]
+        is_masked = (block == self.mask_token_id) & (columns < self.ends[:, None]) & ~self.finished[:, None]
+        answer = (self.limits - torch.maximum(self.starts, self.prompt_lengths)).clamp(max=self.block_size)
+        return block, is_masked, torch.maximum(answer, is_masked.sum(1))
 
     def predict(self, block: torch.Tensor, is_masked: torch.Tensor, masked: tuple) -> tuple[torch.Tensor, ...]:
         """Propose a token for every masked position of the block, `masked` by row [M] and offset in the block [M].

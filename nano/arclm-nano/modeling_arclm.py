@@ -276,8 +276,10 @@ class ArcLMModel(ArcLMPreTrainedModel):
         check_inputs(
             input_ids, noisy_input_ids, cache, needed, use_cache=use_cache, config=self.config, block_size=block_size
         )
-        if cache is not None and self.training and self.gradient_checkpointing:
-            raise ValueError("A cache does not go with gradient checkpointing in training. Call model.eval() first.")
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "A cache does not go with gradient checkpointing: it would be written twice. Use no_grad."
+            )
         commit = cache is not None and input_ids is not None and use_cache is not False
         ids, streams = Streams.of(
             input_ids, noisy_input_ids, attention_mask, block_size=block_size, cache=cache, needed=needed
@@ -317,7 +319,7 @@ class ArcLMModel(ArcLMPreTrainedModel):
 
         noisy, clean = hidden_states.split((streams.num_noisy, ids.shape[1] - streams.num_noisy), 1)
         if commit:
-            cache.advance(streams.token_mask, ids[:, streams.num_noisy :], clean)
+            cache.advance(streams.token_mask, ids[:, streams.num_noisy :], clean, streams.block_size)
         own = noisy if streams.num_noisy else clean
         shifted = self.config.right_shift_logits and streams.num_noisy
         return ArcLMModelOutput(
@@ -397,7 +399,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         Raises:
             ValueError, TypeError: the inputs do not fit together, or an argument is unknown.
         """
-        if unknown := sorted(name for name, value in kwargs.items() if value not in (None, False)):
+        if unknown := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
             raise TypeError(f"forward() got unknown arguments {', '.join(unknown)}.")
         inputs = {"noisy_input_ids": noisy_input_ids, "past_key_values": past_key_values, "block_size": block_size}
         hidden = None if graphs is None else graphs(self.model, input_ids, attention_mask, **inputs)
