@@ -1,4 +1,4 @@
-"""What lets a run of train_bd3lm.py stop at any moment and go on: whole checkpoints, and rows in the same order."""
+"""Converted models and checkpoints on disk, and what lets a run of train_bd3lm.py stop at any moment and go on."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftConfig
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
-from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers import PretrainedConfig as Config
 from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.trainer_utils import sort_checkpoints
 
 from arclm.data_bd3lm import InputError
@@ -32,13 +34,44 @@ def saving(folder: Path, advice: str) -> Iterator[None]:
         raise TrainingError(f"{folder} could not be written: {reason}. {advice}") from error
 
 
+def load_model(name: str, dtype: torch.dtype | str) -> tuple[Model, Tokenizer]:
+    """Load a converted model and its tokenizer; an InputError says what it is instead, or why it cannot be."""
+    if Path(name, "adapter_config.json").is_file():
+        raise InputError(
+            f"{name} is an adapter. Give the model it was trained on, or merge it into that one: "
+            f'PeftModel.from_pretrained(model, "{name}").merge_and_unload().save_pretrained(DIR)'
+        )
+    try:
+        model_type = AutoConfig.from_pretrained(name, trust_remote_code=True).model_type
+        if model_type == "arclm":
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+            return AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype), tokenizer
+    except OSError as error:
+        raise InputError(
+            f"The model {name} cannot be loaded: {str(error).splitlines()[0]} Give --model_name_or_path, or make it: "
+            f"python convert_a2d.py --model_name_or_path Qwen/Qwen3.5-0.8B --output_dir {name}"
+        ) from error
+    except (ValueError, SafetensorError) as error:
+        raise InputError(f"The model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    raise InputError(
+        f'{name} is a model of type "{model_type}", not a converted one. Convert it first: '
+        f"python convert_a2d.py --model_name_or_path {name} --output_dir DIR"
+    )
+
+
 def find_checkpoints(output_dir: str) -> list[Path]:
     """Return the whole checkpoints in a directory, the last at the end; the state is what the Trainer writes last."""
     folders = [Path(folder) for folder in sort_checkpoints(output_dir)]
-    return [folder for folder in folders if (folder / "trainer_state.json").is_file()]
+    return [folder for folder in folders if is_whole(folder)]
 
 
-def choose_checkpoint(args: TrainingArguments, config: Config) -> str | None:
+def is_whole(folder: Path) -> bool:
+    """Return whether a checkpoint was written to its end."""
+    state = folder / "trainer_state.json"
+    return state.is_file() and state.stat().st_size > 0
+
+
+def choose_checkpoint(args: TrainingArguments, config: Config, lora_rank: int = 0) -> str | None:
     """Return the checkpoint to go on from, or None to start.
 
     Raises:
@@ -54,20 +87,33 @@ def choose_checkpoint(args: TrainingArguments, config: Config) -> str | None:
         return None
     if given.lower() != "true":
         checkpoints = [Path(given)]
-    if not checkpoints or not (checkpoints[-1] / "trainer_state.json").is_file():
+    if not checkpoints or not is_whole(checkpoints[-1]):
         raise InputError(
             f"There is no whole checkpoint to go on from in {checkpoints[-1] if checkpoints else args.output_dir}. "
             "Start from the beginning, without --resume_from_checkpoint."
         )
-    if (checkpoints[-1] / "config.json").is_file():  # not beside an adapter
-        trained = AutoConfig.from_pretrained(checkpoints[-1], trust_remote_code=True)
+    check_checkpoint(checkpoints[-1], config, lora_rank)
+    return str(checkpoints[-1])
+
+
+def check_checkpoint(folder: Path, config: Config, lora_rank: int) -> None:
+    """Raise an InputError unless a run of a model with this configuration can go on exactly from a checkpoint."""
+    if not (folder / "scheduler.pt").is_file():
+        raise InputError(
+            f"{folder} has weights alone, not the state of optimizer and schedule that a run goes on from: give it as "
+            "--model_name_or_path of a new run, or a checkpoint of one without --save_only_model."
+        )
+    rank = PeftConfig.from_pretrained(folder).r if (folder / "adapter_config.json").is_file() else 0
+    if rank != lora_rank:
+        raise InputError(f"{folder} was trained with --lora_rank {rank}, this run has {lora_rank}. Give the same.")
+    if (folder / "config.json").is_file():  # not beside an adapter
+        trained = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         for key in ("block_size", "mask_token_id", "context_attention", "right_shift_logits"):
             if getattr(trained, key) != getattr(config, key):
                 raise InputError(
-                    f"{checkpoints[-1]} was trained with {key}={getattr(trained, key)}, the model has "
+                    f"{folder} was trained with {key}={getattr(trained, key)}, the model has "
                     f"{key}={getattr(config, key)}. Give the --model_name_or_path with which the run began."
                 )
-    return str(checkpoints[-1])
 
 
 @contextmanager
@@ -107,6 +153,16 @@ class StopBeforeNaN(TrainerCallback):
             f"In optimizer step {state.global_step + 1} {where} is not finite. {saved} A lower --learning_rate (now "
             f"{args.learning_rate:g}) or --max_grad_norm (now {args.max_grad_norm:g}) helps most often."
         )
+
+
+class LogBeforeSave(TrainerCallback):
+    """Logs at every checkpoint, so that a resumed run begins its next mean of losses where the first run did."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save and args.logging_strategy != "no":
+            control.should_log = True
+
+    on_epoch_end = on_step_end
 
 
 class EpochSampler(Sampler):

@@ -1,17 +1,12 @@
-"""Data of train_bd3lm.py: rows of any known format -> chats -> samples -> batches.
+"""Data of train_bd3lm.py: rows of any known format -> chats (`chats_bd3lm.py`) -> samples -> batches.
 
 Every assistant turn becomes one sample: the chat before it with the generation prompt, and the response. A row that
 cannot be used is counted in the table with its reason, and never fatal. The file reads in this order: where rows come
-from, rows to chats, chats to samples, samples to batches.
+from, chats to samples, samples to batches.
 """
 
-import ast
-import json
-import re
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,16 +23,24 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig as Config
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from arclm import chats_bd3lm
+from arclm.chats_bd3lm import (
+    FORMATS,
+    BadRowError,
+    decode_message,
+    find_format,
+    parse_line,
+    parse_literal,
+    to_chat,
+    without_none,
+)
+
 
 IGNORE = -100
 
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says what came, what is allowed and what to do."""
-
-
-class BadRowError(ValueError):
-    """A row of data cannot be used; the message is the reason that is counted."""
 
 
 # ---- Where rows come from
@@ -75,14 +78,17 @@ class Rows(NamedTuple):
     available: int  # rows before the slice
 
 
-def read_rows(file: str | None, dataset_name: str | None, dataset_split: str) -> list[Rows]:
+def read_rows(
+    file: str | None, dataset_name: str | None = None, split: str = "train", config: str | None = None
+) -> list[Rows]:
     """Open a JSONL file, a Hub dataset, or the mixture where neither is given."""
     if file is not None and dataset_name is not None:
         raise InputError(f"Both {file} and {dataset_name} were given to train on. Give a file or a dataset.")
-    if file is not None:
-        return [read_file(file)]
-    sources = MIXTURE if dataset_name is None else [Source(dataset_name, dataset_split)]
-    return [read_source(source) for source in sources]
+    if dataset_name is not None:
+        return [read_source(Source(dataset_name, split, configs=(config,)))]
+    if (split, config) != ("train", None):
+        raise InputError("--dataset_split and --dataset_config are of --dataset_name, which was not given.")
+    return [read_source(source) for source in MIXTURE] if file is None else [read_file(file)]
 
 
 def read_file(file: str) -> Rows:
@@ -105,18 +111,26 @@ def read_file(file: str) -> Rows:
     return Rows(file, Dataset.from_dict({"line": lines}), len(lines))
 
 
-def read_source(source: Source) -> Rows:
+def open_source(source: Source) -> list[Dataset]:
     """Open a dataset through `datasets`, which takes a directory of that name before the one on the Hub."""
-    name, split, limit, configs = source
+    name, split, _, configs = source
     try:
-        parts = [load_dataset(name, config, split=split) for config in configs]
+        return [load_dataset(name, config, split=split) for config in configs]
     except OSError as error:
         raise InputError(
             f"The dataset {name} cannot be reached ({error}). Connect to the Hub, or start in a directory with a "
             f"copy: hf download {name} --repo-type dataset --local-dir {name}"
         ) from error
     except (ValueError, DatasetsError) as error:
-        raise InputError(f"The split {split} of {name} cannot be read: {error.__cause__ or error}") from error
+        reason = error.__cause__ or error
+        if "Config name is missing" in str(error):
+            reason = f"{str(error).splitlines()[1]}, by --dataset_config."  # the lines are about Python
+        raise InputError(f"The split {split} of {name} cannot be read: {reason}") from error
+
+
+def read_source(source: Source) -> Rows:
+    """Open a dataset and check its columns."""
+    (name, split, limit, _), parts = source, open_source(source)
     for part in parts:
         if not find_format(part.column_names):
             raise unknown_columns(name, part.column_names)
@@ -136,159 +150,6 @@ def unknown_columns(name: str, columns: list[str] | set[str]) -> InputError:
     """Say which columns came and which are understood."""
     found, known = ", ".join(sorted(columns)), " | ".join(", ".join(needed) for needed in FORMATS)
     return InputError(f"{name} has the columns {found}. Understood are {known}. Rename the columns to one of these.")
-
-
-# ---- Rows to chats
-
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
-
-# datasets that were made with other templates write into the text what Qwen's template takes apart
-THOUGHTS = re.compile(r"\s*(?:<think>|<\|begin_of_thought\|>)(.*?)(</think>|<\|end_of_thought\|>|\Z)", re.DOTALL)
-SOLUTION_MARKS = re.compile(r"<\|(?:begin|end)_of_solution\|>")
-# some rows have the two characters \n for a line break; a call in Qwen's own format stays in the text
-CALL = re.compile(r"<tool_call>(?!\s*<function=)(?:\s|\\n)*(.*?)(?:\s|\\n)*(?:</tool_call>|\Z)", re.DOTALL)
-RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL)
-# without another <tools> inside: the text before the list names the tag
-TOOLS = re.compile(r"<tools>((?:(?!<tools>).)*)</tools>", re.DOTALL)
-
-
-def prompt_turns(row: dict) -> list:
-    """Read `prompt` and `completion`, each a text or a list of turns."""
-    prompt, completion = row["prompt"], row["completion"]
-    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    return prompt + (completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}])
-
-
-def s1k_turns(row: dict) -> list[dict]:
-    """Read a question and an answer with the first of its trajectories of thought."""
-    thoughts = row["thinking_trajectories"]
-    thoughts = thoughts[0] if isinstance(thoughts, list) else thoughts
-    answer = {"role": "assistant", "reasoning_content": thoughts, "content": row["attempt"]}
-    return [{"role": "user", "content": row["question"]}, answer]
-
-
-def alpaca_turns(row: dict) -> list[dict]:
-    """Read an instruction, the input that some have, and the output."""
-    prompt = "\n\n".join(text for text in (row["instruction"], row.get("input") or "") if text.strip())
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}]
-
-
-# The columns that a row needs, and how its turns are read from them; the first that fits. Other columns are left out,
-# but for `tools` and `enable_thinking`.
-FORMATS: dict[tuple[str, ...], Callable[[dict], list]] = {
-    ("messages",): lambda row: row["messages"],
-    ("conversations",): lambda row: row["conversations"],
-    ("prompt", "completion"): prompt_turns,
-    ("question", "thinking_trajectories", "attempt"): s1k_turns,
-    ("instruction", "output"): alpaca_turns,
-}
-
-
-def find_format(columns: Any) -> Callable[[dict], list] | None:
-    """Return how the turns of a row with these columns are read, or None."""
-    return next((read for needed, read in FORMATS.items() if set(needed) <= set(columns)), None)
-
-
-def parse_line(line: bytes) -> dict:
-    """Read a line of JSONL."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadRowError("not JSON") from error
-    if not isinstance(row, dict):
-        raise BadRowError("no JSON object")
-    return row
-
-
-def parse_literal(value: Any, what: str) -> Any:
-    """Read a value that may come as a string of JSON or, in the Hermes sets, as a Python literal."""
-    if not isinstance(value, str):
-        return value
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(value)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
-    raise BadRowError(f"{what} neither JSON nor Python")
-
-
-def without_none(value: Any) -> Any:
-    """Remove the keys that Arrow filled with None because other rows have them."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def to_chat(row: dict) -> dict:
-    """Turn a row of any format into what Qwen's chat template takes.
-
-    Returns `messages` with the roles system, user, assistant and tool, where reasoning and tool calls have their own
-    fields; and `tools` and `enable_thinking` if the row has them.
-    """
-    read_turns = find_format(row)
-    if read_turns is None:
-        raise BadRowError("columns not understood")
-    turns = read_turns(row)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadRowError("no list of messages")
-    chat = {key: row[key] for key in ("tools", "enable_thinking") if row.get(key) not in (None, "", [])}
-    messages = []
-    for turn in turns:
-        turn = {{"from": "role", "value": "content"}.get(key, key): item for key, item in turn.items()}
-        turn["role"] = ROLES.get(turn.get("role"), turn.get("role"))
-        text = turn.get("content")
-        if not isinstance(text, str):
-            messages.append(turn)
-        elif turn["role"] == "system":
-            text, tools = read_system(text)
-            messages += [turn | {"content": text}] if text else []
-            chat = {"tools": tools} | chat if tools else chat
-        elif turn["role"] == "assistant":
-            messages.append(turn if {"tool_calls", "reasoning_content"} & set(turn) else turn | read_assistant(text))
-        elif turn["role"] == "tool":
-            # parallel calls are answered in one turn
-            messages += [turn | {"content": answer.strip()} for answer in RESPONSE.findall(text) or [text]]
-        else:
-            messages.append(turn)
-    return {"messages": messages, **chat}
-
-
-def read_system(text: str) -> tuple[str, list | None]:
-    """Take the last non-empty `<tools>` out of a system text.
-
-    What the text says about them goes with them, because the template says it in its own way and for another format of
-    calls: of a text with tools the sentences before the first on functions or tools are left.
-    """
-    lists = [found for found in TOOLS.findall(text) if found.strip()]
-    if not lists:
-        return text, None
-    tools = parse_literal(lists[-1].strip(), "tools")
-    tools = tools if isinstance(tools, list) else [tools]
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise BadRowError("tools that are no objects")
-    sentences = re.split(r"(?<=[.!?])\s+", text)
-    return " ".join(takewhile(lambda sentence: not re.search("function|tool", sentence, re.I), sentences)), tools
-
-
-def read_assistant(text: str) -> dict:
-    """Take reasoning and tool calls out of the text of an assistant turn."""
-    message = {}
-    if thoughts := THOUGHTS.match(text):
-        if not thoughts[2]:
-            raise BadRowError("thoughts without an end")
-        message["reasoning_content"], text = thoughts[1].strip(), text[thoughts.end() :]
-    if calls := [parse_literal(call, "tool call") for call in CALL.findall(text)]:
-        message["tool_calls"] = [{"function": call} for call in calls]
-    return message | {"content": CALL.sub("", SOLUTION_MARKS.sub("", text)).strip()}
-
-
-def decode_message(message: dict) -> dict:
-    """Copy a message with the arguments of its tool calls as dicts, which is what chat templates take."""
-    calls = [call.get("function", call) for call in message.get("tool_calls") or []]
-    if not all(isinstance(call.get("name"), str) for call in calls):
-        raise BadRowError("tool call without a name")
-    calls = [call | {"arguments": parse_literal(call.get("arguments") or {}, "tool call")} for call in calls]
-    return message | {"tool_calls": [{"type": "function", "function": call} for call in calls]} if calls else message
 
 
 # ---- Chats to samples
@@ -351,9 +212,10 @@ def make_samples(batch: dict[str, list], tokenizer: Tokenizer, config: Config, m
     """Turn rows (columns of `FORMATS`, or `line` with JSON) into one record per assistant turn or unusable row."""
     records, pairs = [], []
     for values in zip(*batch.values(), strict=True):
-        row = without_none(dict(zip(batch, values, strict=True)))
+        row = dict(zip(batch, values, strict=True))
         try:
-            turns = split_turns(to_chat(parse_line(row["line"]) if list(batch) == ["line"] else row), tokenizer)
+            row = without_none(parse_line(row["line"]) if list(batch) == ["line"] else row)
+            turns = split_turns(to_chat(row), tokenizer)
             "".join(map("".join, turns)).encode()  # half a surrogate pair would fail with the whole batch below
             pairs += turns
         except BadRowError as error:
@@ -381,10 +243,11 @@ def tokenize(data: Rows, tokenizer: Tokenizer, config: Config, max_length: int) 
     name, rows, available = data
     options = {"tokenizer": tokenizer, "config": config, "max_length": max_length}
     # tokenized once for all processes and later runs; by itself `datasets` keeps no file for rows in memory, and does
-    # not see that this module has changed
+    # not see that these modules have changed
     template = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token)
     sizes = (config.block_size, config.mask_token_id, max_length)
-    fingerprint = Hasher.hash((rows._fingerprint, Path(__file__).read_text(encoding="utf-8"), template, sizes))
+    code = tuple(Path(file).read_text(encoding="utf-8") for file in (__file__, chats_bd3lm.__file__))
+    fingerprint = Hasher.hash((rows._fingerprint, code, template, sizes))
     cache = Path(datasets.config.HF_DATASETS_CACHE, "arclm", f"{fingerprint}.arrow")
     cache.parent.mkdir(parents=True, exist_ok=True)
     files = {"new_fingerprint": fingerprint, "cache_file_name": str(cache), "remove_columns": rows.column_names}
@@ -418,9 +281,9 @@ def load_samples(
     return samples.add_column("row", range(len(samples))), [counts for _, counts in parts]
 
 
-def print_table(counts: list[dict[str, Any]]) -> None:
+def print_table(counts: list[dict[str, Any]], *, stderr: bool = False) -> None:
     """Print what `load_samples` counted, one line for each set, and below them why anything was dropped."""
-    console = Console()
+    console = Console(stderr=stderr)
     console.width = max(console.width, 120)  # a log file counts as 80 wide
     table = Table(Column("data", overflow="fold"), title="Data: every assistant turn is a sample")
     for name in list(counts[0])[1:-1]:

@@ -13,19 +13,29 @@ import math
 import sys
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import load_dataset
 from torch import LongTensor, Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.hf_argparser import HfArg
 
-from arclm.data_bd3lm import IGNORE, InputError, collate, load_samples, read_rows
+from arclm.checkpoints_bd3lm import load_model
+from arclm.data_bd3lm import (
+    IGNORE,
+    InputError,
+    Source,
+    collate,
+    load_samples,
+    open_source,
+    print_table,
+    read_rows,
+)
 from arclm.noise_bd3lm import T_MIN, draw_uniforms, sample_t
 
 
@@ -88,6 +98,8 @@ def evaluate_nelbo(
     """
     if num_draws < 2:
         raise InputError(f"num_draws={num_draws} gives no standard error. Give 2 or more.")
+    if batch_size < 1 or seed < 0:
+        raise InputError(f"batch_size={batch_size} must be at least 1, and seed={seed} at least 0.")
     block_size = model.config.block_size if block_size is None else block_size
     if not 1 <= block_size <= model.config.block_size:
         raise InputError(f"block_size={block_size} is outside [1, {model.config.block_size}], up to the trained size.")
@@ -127,6 +139,8 @@ def evaluate_nelbo(
 
 def text_samples(texts: list[str], tokenizer: Tokenizer, max_length: int) -> list[dict[str, list[int]]]:
     """Cut texts into windows of `max_length` tokens; the first token of a window is given, as to the parent."""
+    if max_length < 2:
+        raise InputError(f"max_length={max_length} leaves nothing to predict. Give 2 or more.")
     samples = []
     for ids in tokenizer(texts, add_special_tokens=False).input_ids:
         windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
@@ -141,6 +155,7 @@ class EvaluateArguments:
     model_name_or_path: str = HfArg(help="Model that convert_a2d.py or train_bd3lm.py made: a directory or a Hub id.")
     file: str | None = HfArg(default=None, help="Chats if it ends in .jsonl, as for train_bd3lm.py; else plain text.")
     dataset_name: str | None = HfArg(default=None, help="Hub dataset, or its directory: a column text, or chats.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of dataset_name, where it has several.")
     dataset_split: str = HfArg(default="test", help="Split of dataset_name, or a slice such as test[:100].")
     max_length: int = HfArg(default=2048, help="Tokens of a window of text; tokens after which a chat is cut.")
     block_size: int | None = HfArg(default=None, help="Tokens per block, at most the trained number, the default.")
@@ -154,26 +169,32 @@ def read_samples(args: EvaluateArguments, tokenizer: Tokenizer, config: Any) -> 
     if (args.file is None) == (args.dataset_name is None):
         raise InputError("Give one of --file and --dataset_name.")
     if args.file is not None and not args.file.endswith(".jsonl"):
-        with open(args.file, encoding="utf-8") as stream:
-            return text_samples([stream.read()], tokenizer, args.max_length)
+        try:
+            text = Path(args.file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{args.file} is not text in UTF-8: {error}. Convert it first.") from error
+        return text_samples([text], tokenizer, args.max_length)
+    source = ()
     if args.dataset_name is not None:
-        rows = load_dataset(args.dataset_name, split=args.dataset_split)
+        source = (args.dataset_name, args.dataset_split, args.dataset_config)
+        (rows,) = open_source(Source(args.dataset_name, args.dataset_split, configs=(args.dataset_config,)))
         if "text" in rows.column_names:
             return text_samples([text for text in rows["text"][:] if text.strip()], tokenizer, args.max_length)
     config = deepcopy(config)
     config.block_size = args.block_size or config.block_size
-    rows = read_rows(args.file, args.dataset_name, args.dataset_split)
-    return list(load_samples(rows, tokenizer, config, max_length=args.max_length)[0])
+    samples, counts = load_samples(read_rows(args.file, *source), tokenizer, config, max_length=args.max_length)
+    print_table(counts, stderr=True)  # what was cut or dropped; the result alone goes to stdout
+    return list(samples)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Load, measure, print JSON."""
     args = HfArgumentParser(EvaluateArguments, description=__doc__).parse_args_into_dataclasses(argv)[0]
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    model, tokenizer = load_model(args.model_name_or_path, "auto")
+    samples = read_samples(args, tokenizer, model.config)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModel.from_pretrained(args.model_name_or_path, trust_remote_code=True, dtype="auto").to(device)
     knobs = {name: getattr(args, name) for name in ("block_size", "num_draws", "batch_size", "seed")}
-    print(json.dumps(evaluate_nelbo(model, read_samples(args, tokenizer, model.config), **knobs), indent=2))
+    print(json.dumps(evaluate_nelbo(model.to(device), samples, **knobs), indent=2))
 
 
 if __name__ == "__main__":

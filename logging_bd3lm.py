@@ -5,7 +5,6 @@ The file reads in this order: what is measured, what is shown while it runs, wha
 
 import resource
 import sys
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -85,13 +84,12 @@ def memory_gib() -> float:
 # ---- What is shown while it runs
 
 
-def loss_name(history: list[dict[str, Any]]) -> str:
-    """Return what the training loss is: a NELBO, unless the AR loss of the clean stream is in it."""
-    return "NELBO + AR" if any(CLEAN in entry for entry in history) else "NELBO"
-
-
 class ProgressBar(ProgressCallback):
     """The bar of transformers, with the speed beside the time left, and a line of the log instead of a dictionary."""
+
+    def __init__(self, loss_name: str):
+        super().__init__()
+        self.loss_name = loss_name
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None:
@@ -102,7 +100,7 @@ class ProgressBar(ProgressCallback):
             buckets = " ".join(f"{logs[name]:.2f}" if name in logs else "-" for name in BUCKETS)
             clean = f"  clean {logs[CLEAN]:.3f}" if CLEAN in logs else ""
             self.training_bar.write(
-                f"step {state.global_step}  {loss_name([logs])} {logs['loss']:.4f}  NLL by t {buckets}{clean}  "
+                f"step {state.global_step}  {self.loss_name} {logs['loss']:.4f}  NLL by t {buckets}{clean}  "
                 f"gradient {logs.get('grad_norm', 0):.3g}  lr {logs['learning_rate']:.3g}  "
                 f"{logs['memory_gib']:.1f} GiB"
             )
@@ -139,8 +137,8 @@ class ShowAnswers(TrainerCallback):
 # ---- What is left at the end
 
 
-def draw_curves(history: list[dict[str, Any]], file: Path) -> None:
-    """Draw NELBO, NLL by masking rate and gradient norm over optimizer steps as a PNG."""
+def draw_curves(history: list[dict[str, Any]], loss_name: str, file: Path) -> None:
+    """Draw the loss, NLL by masking rate and gradient norm over optimizer steps as a PNG."""
     figure = Figure(figsize=(12, 3.6), layout="constrained", dpi=120)
     axes = figure.subplots(1, 3)
 
@@ -149,7 +147,7 @@ def draw_curves(history: list[dict[str, Any]], file: Path) -> None:
         if points:
             axis.plot(*zip(*points, strict=True), label=label, **style)
 
-    curve(axes[0], "loss", f"training, {loss_name(history)}")
+    curve(axes[0], "loss", f"training, {loss_name}")
     curve(axes[0], "eval_loss", "held out, NELBO", marker="o")
     for i, name in enumerate(BUCKETS):
         low, high = name.split("_")[2:]
@@ -164,14 +162,14 @@ def draw_curves(history: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file)
 
 
-def write_card(trainer: Trainer, counts: list[dict[str, Any]], command: Sequence[str]) -> None:
+def write_card(trainer: Trainer, loss_name: str, counts: list[dict[str, Any]], command: str) -> None:
     """Write `training.md`, a fragment for a model card, and `training.png` into the directory of the run."""
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
-    draw_curves(history, folder / "training.png")
+    draw_curves(history, loss_name, folder / "training.png")
     losses = [entry for entry in history if "loss" in entry or "eval_loss" in entry]
     shown = losses[:: max(1, len(losses) // 10)] + losses[-1:]
     results = [
-        {"step": entry["step"], loss_name(history): entry.get("loss", ""), "held out": entry.get("eval_loss", "")}
+        {"step": entry["step"], loss_name: entry.get("loss", ""), "held out": entry.get("eval_loss", "")}
         for entry in {id(entry): entry for entry in shown}.values()
     ]
     speed = [entry["train_tokens_per_second"] for entry in history if "train_tokens_per_second" in entry]
@@ -188,7 +186,7 @@ def write_card(trainer: Trainer, counts: list[dict[str, Any]], command: Sequence
     parts = [
         "## Training",
         "Block diffusion (BD3LM) with `train_bd3lm.py` of arcLM:",
-        f"```\n{' '.join(command)}\n```",
+        f"```\n{command}\n```",
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         "### Data",
         make_markdown_table(counts),

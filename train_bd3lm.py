@@ -13,11 +13,10 @@ The file reads in this order: trainer, main.
 import math
 import shutil
 import sys
-import warnings
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,28 +26,22 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModel, Trainer, TrainingArguments
 from transformers import PretrainedConfig as Config
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.hf_argparser import HfArg
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.utils import logging
 
+from arclm.arguments_bd3lm import DataArguments, parse_args, shown_command
 from arclm.checkpoints_bd3lm import (
     EpochSampler,
+    LogBeforeSave,
     StopBeforeNaN,
     TrainingError,
     choose_checkpoint,
     find_checkpoints,
+    load_model,
     original_class,
     saving,
 )
@@ -56,8 +49,6 @@ from arclm.data_bd3lm import IGNORE, InputError, Rows, collate, load_samples, pr
 from arclm.logging_bd3lm import ProgressBar, RateBuckets, ShowAnswers, memory_gib, write_card
 from arclm.noise_bd3lm import NOISE_SCHEDULES, make_loss_inputs
 
-
-logger = logging.get_logger(__name__)
 
 # ---- Trainer
 
@@ -70,7 +61,7 @@ class BD3LMTrainer(Trainer):
     2. Noise is keyed by seed, optimizer step and place in that step, and the order of the rows by seed and epoch:
        batch 8 x 1 or 2 x 4, one process or two, resumed or not, the same rows get the same noise.
     3. Evaluation has fixed masks of the linear schedule, and `eval_loss` is the sum over the set / its response
-       tokens, exact in one process.
+       tokens, whatever the number of processes.
     4. `ar_loss_weight` times the AR loss of the clean stream is added to the loss in training.
     5. Beside the loss it logs the cross-entropy of masked tokens by masking rate, that of the clean stream, memory.
     6. It stops before a step that would make the weights NaN; of checkpoints that fail nothing is left.
@@ -89,10 +80,14 @@ class BD3LMTrainer(Trainer):
                 f"each, torchrun --nproc_per_node {self.args.n_gpu} train_bd3lm.py, or hide the others with "
                 "CUDA_VISIBLE_DEVICES=0."
             )
+        if self.args.world_size > 1:  # in larger batches the rows that fill the last one would count twice
+            self.args.per_device_eval_batch_size = 1
         self.noise_schedule, self.ar_loss_weight = noise_schedule, ar_loss_weight
+        self.loss_name = ("loss" if noise_schedule == "clipped" else "NELBO") + (" + AR" if ar_loss_weight else "")
         self.buckets = RateBuckets()
         self.step_rows, self.step_losses = [], []  # of this process, one per micro-batch
         self.add_callback(StopBeforeNaN(self))
+        self.add_callback(LogBeforeSave())
 
     def _get_train_sampler(self, *args, **kwargs) -> Sampler:
         """Give the parent's sampler an order that does not depend on the number of processes or on a resume."""
@@ -209,106 +204,6 @@ def check_ar_loss(weight: float, config: Config) -> None:
 
 # ---- Main
 
-# The model card's run, where it differs from transformers' defaults (AdamW and a learning rate of 5e-5 do not).
-CARD_RUN = {
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 16,
-    "num_train_epochs": 10,
-    "warmup_steps": 200,
-    "max_grad_norm": 0.5,
-    "gradient_checkpointing": True,
-    "train_sampling_strategy": "group_by_length",
-    "logging_steps": 10,
-    "include_num_input_tokens_seen": True,  # tokens per second
-    "logging_nan_inf_filter": False,  # `StopBeforeNaN` looks first
-    "save_steps": 500,
-    "save_total_limit": 1,  # the one before goes when the new one is whole
-    "remove_unused_columns": False,  # `collate` takes what it needs
-    "use_cache": True,  # stays in config.json; training uses none
-    "output_dir": "arclm-0.8b-trained",  # beside model_name_or_path
-}
-
-
-@dataclass
-class DataArguments:
-    """What to train, on what."""
-
-    model_name_or_path: str = HfArg(
-        default="arclm-0.8b", help="Model that convert_a2d.py made: a directory or a Hub id."
-    )
-    train_file: str | None = HfArg(
-        default=None, help="JSONL. Rows have messages (and maybe tools, enable_thinking) or another known format."
-    )
-    dataset_name: str | None = HfArg(
-        default=None,
-        help="Hub dataset, or its directory, with such rows. Without it and train_file: the card's mixture.",
-    )
-    dataset_split: str = HfArg(default="train", help="Split of dataset_name, or a slice such as train[:5000].")
-    eval_file: str | None = HfArg(default=None, help="JSONL to measure at the end, and when eval_strategy says.")
-    eval_rows: int = HfArg(default=0, help="In place of eval_file, how many rows of every data set to keep for that.")
-    max_length: int = HfArg(default=2048, help="Tokens after which a sample is cut, at least a block.")
-    noise_schedule: Literal["linear", "cosine", "clipped"] = HfArg(
-        default="linear",
-        help="Which masking rates are drawn: all alike, light ones more often, or those in [0.3, 0.8] alone, for "
-        "blocks of about 16; there the training loss is no NELBO. Held-out figures are always linear.",
-    )
-    ar_loss_weight: float = HfArg(
-        default=0.0,
-        help="Add so many times the AR loss of the clean stream (0.5 was measured); wants a model converted with "
-        "--context_attention causal.",
-    )
-    lora_rank: int = HfArg(default=0, help="Train a LoRA adapter of this rank on all linear layers; 0: all weights.")
-    answer_steps: int = HfArg(default=500, help="Print answers to two prompts every so many steps; 0: never.")
-
-
-def parse_args(argv: list[str] | None) -> tuple[DataArguments, TrainingArguments]:
-    """Read the command line; the card's run and what the hardware has are the defaults."""
-    has_gpu = torch.cuda.is_available()
-    has_bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    report_to = "tensorboard" if find_spec("tensorboard") else "none"
-    parser = HfArgumentParser((DataArguments, TrainingArguments), description=__doc__, conflict_handler="resolve")
-    parser.add_argument(
-        "--resume_from_checkpoint",
-        nargs="?",
-        const="true",
-        help="Go on from this checkpoint; without a value, or with true, from the last whole one in output_dir.",
-    )
-    parser.set_defaults(**CARD_RUN, bf16=has_bf16, report_to=report_to, dataloader_pin_memory=has_gpu)
-    # without it, processes of torchrun that find no GPU would each train a model of their own
-    parser.set_defaults(use_cpu=not torch.accelerator.is_available())
-    # transformers 5.23 prefers activation_checkpointing, which older ones do not have
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing`", category=FutureWarning)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise InputError(
-            f"Not understood: {' '.join(unknown)}. --help lists the options. What belongs to the model, such as the "
-            "block size, is in its config.json: choose it in convert_a2d.py."
-        )
-    if namespace.include_num_input_tokens_seen:
-        namespace.include_num_input_tokens_seen = "non_padding"  # the command line takes true and false only
-    if not has_bf16 and not namespace.fp16:
-        namespace.bf16 = False
-        logger.warning("There is no GPU with bfloat16: training in float32.")
-    return parser.parse_dict(vars(namespace))
-
-
-def load_model(name: str) -> tuple[Model, Tokenizer]:
-    """Load a converted model, in float32, which small updates need."""
-    try:
-        model_type = AutoConfig.from_pretrained(name, trust_remote_code=True).model_type
-    except OSError as error:
-        raise InputError(
-            f"The model {name} cannot be loaded: {str(error).splitlines()[0]} Give --model_name_or_path, or make it: "
-            f"python convert_a2d.py --model_name_or_path Qwen/Qwen3.5-0.8B --output_dir {name}"
-        ) from error
-    if model_type != "arclm":
-        raise InputError(
-            f'{name} is a model of type "{model_type}", not a converted one. Convert it first: '
-            f"python convert_a2d.py --model_name_or_path {name} --output_dir DIR"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-    return AutoModel.from_pretrained(name, trust_remote_code=True, dtype=torch.float32), tokenizer
-
 
 def add_lora(model: Model, rank: int) -> PeftModel:
     """Put an adapter on all linear layers, the only weights that are trained."""
@@ -316,23 +211,39 @@ def add_lora(model: Model, rank: int) -> PeftModel:
     return get_peft_model(model, lora)
 
 
-def train(trainer: BD3LMTrainer, checkpoint: str | None, max_length: int) -> None:
-    """Train; where the memory does not suffice, say what helps."""
+@contextmanager
+def advice_on_memory(args: TrainingArguments, max_length: int, lora_rank: int) -> Iterator[None]:
+    """Where the memory does not suffice, say the first three things that help and are not done yet."""
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        yield
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
-        args = trainer.args
-        batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        checkpointing = str(args.gradient_checkpointing).lower()
+        batch, total = args.per_device_train_batch_size, args.train_batch_size * args.gradient_accumulation_steps
+        knobs = {
+            f"--per_device_train_batch_size 1 --gradient_accumulation_steps {total}, the same result": batch > 1,
+            "--gradient_checkpointing true, slower, the same result": not args.gradient_checkpointing,
+            "--optim adamw_torch_8bit, AdamW's state in 8 bits": "8bit" not in args.optim and not lora_rank,
+            f"--max_length {max_length // 2}, which cuts longer samples": True,
+            "--lora_rank 16, which trains an adapter alone": not lora_rank,
+        }
+        helps = [knob for knob, is_left in knobs.items() if is_left][:3]
         raise TrainingError(
-            f"Out of memory at {batch} x {max_length} tokens. What helps, in this order, with the values now in "
-            f"brackets: --per_device_train_batch_size 1 [{batch}] with --gradient_accumulation_steps "
-            f"{batch * accumulation} [{accumulation}], the same result; --gradient_checkpointing true "
-            f"[{checkpointing}], slower, the same result; --max_length {max_length // 2} [{max_length}], which cuts "
-            "longer samples."
+            f"Out of memory at {batch} x {max_length} tokens. What helps, in this order: {'; '.join(helps)}."
         ) from error
+
+
+def make_trainer(**options) -> BD3LMTrainer:
+    """Return the trainer; what transformers refuses, or wants a package for, becomes a sentence."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(options["args"], options["model"])  # asked for later, after the data
+        return BD3LMTrainer(**options)
+    except (ValueError, ImportError) as error:
+        raise InputError(str(error)) from error
+    except RuntimeError as error:  # wandb and others
+        if "to be installed" not in str(error):
+            raise
+        raise InputError(str(error)) from error
 
 
 def save_result(trainer: BD3LMTrainer, name: str) -> None:
@@ -355,10 +266,11 @@ def push(trainer: BD3LMTrainer) -> None:
     """Upload the finished output_dir; the parent's `push_to_hub` would first write float32 weights over it."""
     trainer._finish_current_push()
     args, repo = trainer.args, trainer.hub_model_id
-    options = {"commit_message": "End of training", "token": args.hub_token, "revision": args.hub_revision}
-    ignored = ["_*", "checkpoint-*", "training_args.bin"]  # the last one is a pickle
+    pickled = "training_args.bin"  # which pushes on the way upload
+    options = {"ignore_patterns": ["_*", "checkpoint-*", pickled], "delete_patterns": pickled}
+    options |= {"commit_message": "End of training", "revision": args.hub_revision}
     try:
-        HfApi().upload_folder(repo_id=repo, folder_path=args.output_dir, ignore_patterns=ignored, **options)
+        HfApi().upload_folder(repo_id=repo, folder_path=args.output_dir, **options)
     except OSError as error:
         advice = f"Log in with `hf auth login`, then run `hf upload {repo} {args.output_dir}`."
         raise TrainingError(f"{args.output_dir} is complete, but its upload failed ({error}). {advice}") from error
@@ -382,11 +294,12 @@ def load_data(
     samples, counts = {}, []
     # the first process reads and tokenizes, the others find its files
     with args.main_process_first(desc="reading the data"):
-        sets = {"train": read_rows(data_args.train_file, data_args.dataset_name, data_args.dataset_split)}
+        source = (data_args.train_file, data_args.dataset_name, data_args.dataset_split, data_args.dataset_config)
+        sets = {"train": read_rows(*source)}
         if data_args.eval_file is not None:
             if data_args.eval_rows:
                 raise InputError("--eval_file and --eval_rows were given. Give one of them.")
-            sets["eval"] = read_rows(data_args.eval_file, None, "")
+            sets["eval"] = read_rows(data_args.eval_file)
         elif data_args.eval_rows:
             pairs = [hold_out(data, data_args.eval_rows) for data in sets["train"]]
             sets["train"], sets["eval"] = (list(part) for part in zip(*pairs, strict=True))
@@ -398,40 +311,41 @@ def load_data(
 
 def main(argv: list[str] | None = None) -> None:
     """Load, train, evaluate, save."""
-    data_args, args = parse_args(argv)
-    model, tokenizer = load_model(data_args.model_name_or_path)
+    data_args, args = parse_args(argv, __doc__)
+    model, tokenizer = load_model(data_args.model_name_or_path, torch.float32)  # small updates need it
     check_ar_loss(data_args.ar_loss_weight, model.config)
-    checkpoint = choose_checkpoint(args, model.config)
+    checkpoint = choose_checkpoint(args, model.config, data_args.lora_rank)
     samples, counts = load_data(data_args, args, tokenizer, model.config)
     if args.process_index == 0:
         print_table(counts)
     if data_args.lora_rank:
         model = add_lora(model, data_args.lora_rank)
 
-    trainer = BD3LMTrainer(
-        model=model,
-        args=args,
-        train_dataset=samples["train"],
-        eval_dataset=samples.get("eval"),
-        processing_class=tokenizer,
-        data_collator=collate,
-        noise_schedule=data_args.noise_schedule,
-        ar_loss_weight=data_args.ar_loss_weight,
-    )
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressBar())
-    if data_args.answer_steps:
-        trainer.add_callback(ShowAnswers(samples.get("eval", samples["train"]), tokenizer, data_args.answer_steps))
-    train(trainer, checkpoint, data_args.max_length)
-    if "eval" in samples:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+    with advice_on_memory(args, data_args.max_length, data_args.lora_rank):
+        trainer = make_trainer(
+            model=model,
+            args=args,
+            train_dataset=samples["train"],
+            eval_dataset=samples.get("eval"),
+            processing_class=tokenizer,
+            data_collator=collate,
+            noise_schedule=data_args.noise_schedule,
+            ar_loss_weight=data_args.ar_loss_weight,
+        )
+        if not args.disable_tqdm:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(ProgressBar(trainer.loss_name))
+        if data_args.answer_steps:
+            trainer.add_callback(ShowAnswers(samples.get("eval", samples["train"]), tokenizer, data_args.answer_steps))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if "eval" in samples:
+            metrics = trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
     trainer.save_state()
     save_result(trainer, data_args.model_name_or_path)
     if trainer.is_world_process_zero():
-        write_card(trainer, counts, ["python", *(sys.argv if argv is None else ["train_bd3lm.py", *argv])])
+        write_card(trainer, trainer.loss_name, counts, shown_command(argv))
         if args.push_to_hub:
             push(trainer)
 

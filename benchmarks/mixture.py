@@ -50,7 +50,7 @@ def main() -> None:
     tokenizer, config = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path), ArcLMConfig()
     tokenizer.add_tokens("<|mask|>", special_tokens=True)
     config.mask_token_id = tokenizer.convert_tokens_to_ids("<|mask|>")
-    samples, counts = load_samples(read_rows(None, None, "train"), tokenizer, config, max_length=args.max_length)
+    samples, counts = load_samples(read_rows(None), tokenizer, config, max_length=args.max_length)
     print_table(counts)
 
     lengths = torch.tensor(samples["length"][:])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from trainers import ANSWERS, losses, make_inputs, make_trainer
 from transformers import AutoModel, TrainerCallback, TrainingArguments
 
+from arclm import arguments_bd3lm
 from arclm import train_bd3lm as bd3lm
 from arclm.checkpoints_bd3lm import EpochSampler, TrainingError, find_checkpoints
 from arclm.data_bd3lm import InputError, load_samples, read_rows
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 @pytest.fixture
 def samples(nano_tokenizer, config, tmp_path):
     file = write_lines(tmp_path / "train.jsonl", [chat("Write.", answer) for answer in ANSWERS])
-    return load_samples(read_rows(file, None, ""), nano_tokenizer, config, max_length=64)[0]
+    return load_samples(read_rows(file), nano_tokenizer, config, max_length=64)[0]
 
 
 def test_a_killed_run_resumes_exactly(nano_tokenizer, config, tmp_path):
@@ -159,18 +160,46 @@ def test_nan_in_the_first_step_saves_nothing(config, samples, tmp_path):
     assert not find_checkpoints(tmp_path)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), None])
-def test_out_of_memory_names_what_helps_in_order(nano_tokenizer, config, tmp_path, monkeypatch, error):
-    def no_memory(*args, **kwargs):
-        raise error or RuntimeError("another error")
+BATCH = r"--per_device_train_batch_size 1 --gradient_accumulation_steps 8, the same result"
+CHECKPOINTING, LENGTH = "--gradient_checkpointing true, slower, the same result", "--max_length 32, which .*"
+OPTIMIZER, LORA = "--optim adamw_torch_8bit, .*", "--lora_rank 16, .*"
+
+
+@pytest.mark.parametrize(
+    ("options", "helps"),
+    [
+        ("--per_device_train_batch_size 2 --gradient_checkpointing false", (BATCH, CHECKPOINTING, OPTIMIZER)),
+        ("--per_device_train_batch_size 2 --optim adamw_torch_8bit", (BATCH, LENGTH, LORA)),
+        ("", (OPTIMIZER, LENGTH, LORA)),
+        ("--lora_rank 2", (LENGTH,)),
+    ],
+)
+def test_out_of_memory_names_what_helps_in_order(config, options, helps):
+    data_args, args = bd3lm.parse_args(["--gradient_accumulation_steps", "4", *options.split()])
+    message = (
+        rf"Out of memory at {args.train_batch_size} x 64 tokens\. What helps, in this order: {'; '.join(helps)}\."
+    )
+    with pytest.raises(TrainingError, match=message), bd3lm.advice_on_memory(args, 64, data_args.lora_rank):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(RuntimeError, match="another error"), bd3lm.advice_on_memory(args, 64, 0):
+        raise RuntimeError("another error")
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_out_of_memory_is_a_sentence_in_training_and_in_evaluation(
+    nano_tokenizer, config, tmp_path, monkeypatch, is_training
+):
+    compute_loss = bd3lm.BD3LMTrainer.compute_loss
+
+    def no_memory(self, model, *args, **kwargs):
+        if model.training == is_training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return compute_loss(self, model, *args, **kwargs)
 
     monkeypatch.setattr(bd3lm.BD3LMTrainer, "compute_loss", no_memory)
     argv = [*make_inputs(tmp_path, config, nano_tokenizer), "--output_dir", str(tmp_path / "out")]
-    argv[argv.index("--per_device_train_batch_size") + 1] = "2"
-    sentence = r"Out of memory at 2 x 64 tokens.*--per_device_train_batch_size 1 \[2\] .*steps 8 \[4\].*"
-    sentence += r"--gradient_checkpointing true \[true\].*--max_length 32 \[64\]"
-    with pytest.raises(RuntimeError, match=sentence if error else "another error"):
-        bd3lm.main(argv)
+    with pytest.raises(TrainingError, match="Out of memory at 1 x 64 tokens"):
+        bd3lm.main([*argv, "--max_steps", "1", "--eval_rows", "2"])
 
 
 def test_checkpoints_of_another_run_or_model_are_refused(nano_tokenizer, config, samples, tmp_path):
@@ -183,6 +212,15 @@ def test_checkpoints_of_another_run_or_model_are_refused(nano_tokenizer, config,
     tiny_model(**{**config.to_diff_dict(), "block_size": 4}).save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match=r"checkpoint-1 was trained with block_size=8, the model has block_size=4"):
         bd3lm.main([*argv, "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-1")])
+    go_on = [*argv, "--resume_from_checkpoint"]
+    with pytest.raises(InputError, match=r"was trained with --lora_rank 0, this run has 3\. Give the same"):
+        bd3lm.main([*go_on, "--lora_rank", "3"])
+    (tmp_path / "out/checkpoint-1/scheduler.pt").unlink()
+    with pytest.raises(InputError, match=r"checkpoint-1 has weights alone, .*a checkpoint of one without --save_only"):
+        bd3lm.main(go_on)
+    (tmp_path / "out/checkpoint-1/trainer_state.json").write_text("")
+    with pytest.raises(InputError, match=r"no whole checkpoint to go on from in .*out\."):
+        bd3lm.main(go_on)
     with pytest.raises(InputError, match=r"Not understood: --block_size 4\..*choose it in convert_a2d\.py"):
         bd3lm.main([*argv, "--block_size", "4"])
 
@@ -194,9 +232,11 @@ def test_one_process_with_two_gpus_is_refused(config, samples, tmp_path, monkeyp
 
 
 def test_bf16_without_such_a_gpu_is_float32_with_one_line(monkeypatch, caplog):
-    monkeypatch.setattr(bd3lm.logger, "propagate", True)
+    monkeypatch.setattr(arguments_bd3lm.logger, "propagate", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` does for the files of configs/
     for argv in ([], ["--bf16", "true"]):
         caplog.clear()
         assert bd3lm.parse_args(argv)[1].bf16 is False
+        assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
         assert caplog.messages.count("There is no GPU with bfloat16: training in float32.") == 1

@@ -56,6 +56,10 @@ FORMATS = {
         [HELLO[0], HELLO[1] | {"reasoning_content": ""}],
     ),
     "fields before tags": ({"messages": FIELDS}, FIELDS),
+    "reasoning": (
+        {"messages": [HELLO[0], assistant("Hello.", reasoning="So.")]},
+        [HELLO[0], assistant("Hello.", reasoning_content="So.")],
+    ),
 }
 
 
@@ -186,7 +190,7 @@ def test_every_assistant_turn_is_a_sample(tokenizer):
 
 def test_rows_of_the_nano_world_are_read_back_as_their_text(nano_tokenizer, config, tmp_path):
     tasks = [task for task, _ in zip(generate_tasks("train", 3), range(40), strict=False)]
-    rows = read_rows(write_lines(tmp_path / "train.jsonl", [to_row(task) for task in tasks]), None, "")
+    rows = read_rows(write_lines(tmp_path / "train.jsonl", [to_row(task) for task in tasks]))
     samples, (counts,) = load_samples(rows, nano_tokenizer, config, max_length=512)
     assert (counts["samples"], counts["dropped"], counts["truncated"]) == (40, 0, 0)
     for task, sample in zip(tasks, samples, strict=True):
@@ -205,7 +209,7 @@ BAD_ROWS = [
     (b"[" * 100_000, "not JSON"),
     ([1, 2], "no JSON object"),
     ({"text": "Hi."}, "columns not understood"),
-    ({"messages": None}, "no list of messages"),
+    ({"messages": None}, "columns not understood"),
     ({"messages": ["Hi."]}, "no list of messages"),
     ({"prompt": HELLO, "completion": ["Hi."]}, "no list of messages"),
     (ALPACA | {"instruction": 5}, "malformed"),
@@ -221,6 +225,7 @@ BAD_ROWS = [
     (chat("Hi.", "<tool_call>{broken}</tool_call>"), "tool call neither JSON nor Python"),
     ({"messages": [HELLO[0], assistant("", tool_calls=[BAD_CALL])]}, "tool call neither JSON nor Python"),
     (chat("Hi.", "<tool_call>{'arguments': {}}</tool_call>"), "tool call without a name"),
+    (chat("Hi.", "<tool_call>" + " " * 200_000), "tool call neither JSON nor Python"),  # minutes, were it quadratic
     (chat("Hi.", "<think>\nSo"), "thoughts without an end"),
     (chat("Hi.", ""), "empty response"),
     ({"messages": SUM, "enable_thinking": False}, "turn without the generation prompt"),
@@ -232,7 +237,7 @@ BAD_ROWS = [
 def test_malformed_rows_are_counted_and_never_fatal(nano_tokenizer, config, tmp_path):
     rows = [row for row, _ in BAD_ROWS]
     file = write_lines(tmp_path / "train.jsonl", [*rows, chat("Hi.", "Hello."), b"", chat("Hi.", "Hello. " * 99)])
-    samples, (counts,) = load_samples(read_rows(file, None, ""), nano_tokenizer, config, max_length=67)
+    samples, (counts,) = load_samples(read_rows(file), nano_tokenizer, config, max_length=67)
     assert (counts["rows"], counts["of"]) == (len(rows) + 2, len(rows) + 2)
     assert (counts["samples"], counts["truncated"]) == (2, 1)
     reasons = Counter(reason for _, reason in BAD_ROWS)
@@ -242,7 +247,7 @@ def test_malformed_rows_are_counted_and_never_fatal(nano_tokenizer, config, tmp_
     assert samples["row"][:] == [0, 1]
 
 
-def test_keys_that_arrow_filled_with_none_do_not_reach_the_template(nano_tokenizer, config):
+def test_keys_that_arrow_filled_with_none_do_not_reach_the_template(nano_tokenizer, config, tmp_path):
     call = {"function": {"name": "get_time", "arguments": {"city": "Rome"}}}
     other = {"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
     rows = [{"messages": [CALLING[0], {"role": "assistant", "tool_calls": [c]}]} for c in (call, other)]
@@ -251,6 +256,9 @@ def test_keys_that_arrow_filled_with_none_do_not_reach_the_template(nano_tokeniz
     texts = [nano_tokenizer.decode(ids) for ids in samples["input_ids"]]
     assert len(texts) == 3
     assert not any("None" in text or "null" in text for text in texts)
+    rows.to_json(tmp_path / "rows.jsonl")  # which writes them as null
+    again, _ = load_samples(read_rows(str(tmp_path / "rows.jsonl")), nano_tokenizer, config, max_length=512)
+    assert again["input_ids"][:] == samples["input_ids"][:]
 
 
 def test_the_table_says_what_became_of_each_set(nano_tokenizer, config, tmp_path, capsys):
@@ -258,7 +266,7 @@ def test_the_table_says_what_became_of_each_set(nano_tokenizer, config, tmp_path
         write_lines(tmp_path / "a.jsonl", [*[chat("Hi. " * count, "One.", "Bye.", "Two.") for count in (1, 9)], b"{"]),
         write_lines(tmp_path / "b.jsonl", [chat("Hi.", "word " * count) for count in (1, 199)]),
     ]
-    sets = [rows for file in files for rows in read_rows(file, None, "")]
+    sets = [rows for file in files for rows in read_rows(file)]
     samples, counts = load_samples(sets, nano_tokenizer, config, max_length=128)
     parts = samples.select(range(4)), samples.select(range(4, 6))
     for part, count in zip(parts, counts, strict=True):
@@ -277,7 +285,7 @@ def test_the_table_says_what_became_of_each_set(nano_tokenizer, config, tmp_path
 def test_data_is_tokenized_once(nano_tokenizer, config, tmp_path, monkeypatch):
     file = write_lines(tmp_path / "train.jsonl", [chat("Hi.", "Hello once.")])
     make_dataset(tmp_path / "chats", {"train": [chat("Hi.", "Hello twice.")]})
-    sources = [(file, None, ""), (None, str(tmp_path / "chats"), "train")]
+    sources = [(file,), (None, str(tmp_path / "chats"), "train")]
     load = [
         lambda length=64, source=source: load_samples(read_rows(*source), nano_tokenizer, config, max_length=length)
         for source in sources
@@ -295,13 +303,13 @@ def test_data_is_tokenized_once(nano_tokenizer, config, tmp_path, monkeypatch):
 
 def test_unusable_data_is_said_in_a_sentence(nano_tokenizer, config, tmp_path):
     with pytest.raises(InputError, match=r"absent\.jsonl does not exist\. Give a JSONL file"):
-        read_rows(str(tmp_path / "absent.jsonl"), None, "")
+        read_rows(str(tmp_path / "absent.jsonl"))
     with pytest.raises(InputError, match=r"Both a\.jsonl and x/y were given to train on\. Give a file or a dataset\."):
         read_rows("a.jsonl", "x/y", "train")
-    rows = read_rows(write_lines(tmp_path / "bad.jsonl", [b"{", chat("Hi.")]), None, "")
+    rows = read_rows(write_lines(tmp_path / "bad.jsonl", [b"{", chat("Hi.")]))
     with pytest.raises(InputError, match=r"Nothing in .*bad\.jsonl can be used: 1 not JSON, 1 no assistant turn\."):
         load_samples(rows, nano_tokenizer, config, max_length=64)
-    empty = read_rows(write_lines(tmp_path / "empty.jsonl", []), None, "")
+    empty = read_rows(write_lines(tmp_path / "empty.jsonl", []))
     with pytest.raises(InputError, match=r"Nothing in .*empty\.jsonl can be used: it is empty"):
         load_samples(empty, nano_tokenizer, config, max_length=64)
     with pytest.raises(InputError, match=r"max_length=7 is shorter than a block\. Give --max_length 8 or more"):
@@ -312,8 +320,8 @@ def test_wrong_columns_are_named_beside_those_that_are_understood(tmp_path):
     known = r"Understood are messages \| conversations \| prompt, completion \| .* \| instruction, output\. Rename"
     file = write_lines(tmp_path / "a.jsonl", [b"{", {"query": "Hi."}, {"reply": "Hello."}])
     with pytest.raises(InputError, match=rf"a\.jsonl has the columns query, reply\. {known}"):
-        read_rows(file, None, "")
-    assert len(read_rows(write_lines(tmp_path / "b.jsonl", [{"query": "Hi."}, chat("Hi.")]), None, "")[0].rows) == 2
+        read_rows(file)
+    assert len(read_rows(write_lines(tmp_path / "b.jsonl", [{"query": "Hi."}, chat("Hi.")]))[0].rows) == 2
     make_dataset(tmp_path / "c", {"train": [{"query": "Hi.", "reply": "Hello."}]})
     with pytest.raises(InputError, match=rf"c has the columns query, reply\. {known}"):
         read_rows(None, str(tmp_path / "c"), "train")
@@ -327,11 +335,24 @@ def test_a_slice_that_asks_for_more_than_there_is_shows_in_the_table(tmp_path):
         assert rows.name.endswith(split)
 
 
+def test_one_of_several_configurations_is_chosen(tmp_path):
+    files = {"one": [chat("Hi.", "One.")], "two": [chat("Hi.", "Two.")] * 2}
+    card = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in files)
+    make_dataset(tmp_path / "several", files, card)
+    with pytest.raises(InputError, match=r"several cannot be read: Please pick one .*'two'\], by --dataset_config\."):
+        read_rows(None, str(tmp_path / "several"))
+    (rows,) = read_rows(None, str(tmp_path / "several"), config="two")
+    assert len(rows.rows) == 2
+    for split, config in [("train[:2]", None), ("train", "two")]:
+        with pytest.raises(InputError, match="--dataset_split and --dataset_config are of --dataset_name"):
+            read_rows("a.jsonl", None, split, config)
+
+
 def test_a_dataset_that_cannot_be_read_is_named_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy = "Connect to the Hub, or start in a directory with a copy: hf download tatsu-lab/alpaca --repo-type dataset"
     with pytest.raises(InputError, match=rf"The dataset tatsu-lab/alpaca cannot be reached \(.+\)\. {copy}"):
-        read_rows(None, None, "train")
+        read_rows(None)
     make_dataset(tmp_path / "chats", {"train": [chat("Hi.", "Hello.")]})
     with pytest.raises(InputError, match=r"The split test of chats cannot be read: Unknown split .*\['train'\]"):
         read_rows(None, "chats", "test")

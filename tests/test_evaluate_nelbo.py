@@ -3,6 +3,7 @@
 import json
 from itertools import combinations
 from math import exp
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,8 @@ def test_windows_of_text_do_not_overlap(nano_tokenizer):
         ({"num_draws": 1}, 5, r"num_draws=1 gives no standard error"),
         ({"block_size": 32}, 5, r"block_size=32 is outside \[1, 16\]"),
         ({}, IGNORE, "There is no token to predict"),
+        ({"batch_size": 0}, 5, "batch_size=0 must be at least 1"),
+        ({"seed": -1}, 5, "seed=-1 at least 0"),
     ],
 )
 def test_what_cannot_be_measured_is_a_sentence(knobs, labels, message):
@@ -116,16 +119,29 @@ def test_the_script_reads_texts_chats_and_datasets(nano_tokenizer, config, tmp_p
     tiny_model(**config.to_diff_dict()).save_pretrained(tmp_path / "model")
     nano_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("Sort the digits 85996. " * 5)
-    write_lines(tmp_path / "chats.jsonl", [chat("Hi.", "Hello.")])
+    write_lines(tmp_path / "chats.jsonl", [chat("Hi.", "Hello."), b"{"])
     make_dataset(tmp_path / "org/texts", {"test": [{"text": "Sort."}, {"text": " "}, {"text": "Sort the digits."}]})
     monkeypatch.chdir(tmp_path)
     found = []
+    shown = ""
     for source in ("--file text.txt --max_length 20", "--file chats.jsonl", "--dataset_name org/texts"):
         script.main(["--model_name_or_path", "model", "--num_draws", "2", *source.split()])
-        found.append(json.loads(capsys.readouterr().out))
+        captured = capsys.readouterr()
+        found.append(json.loads(captured.out))
+        shown += captured.err
+    assert "dropped of chats.jsonl: 1 not JSON" in shown
     lengths = [len(nano_tokenizer(text).input_ids) for text in ("Sort.", "Sort the digits.")]
     assert found[2]["tokens"] == sum(lengths) - 2
     assert found[1]["tokens"] % config.block_size != 0  # the response and the fill of its last block, after a prompt
     assert all(2 < result["nelbo"] < 20 and result["block_size"] == 8 for result in found)
-    with pytest.raises(InputError, match="one of --file and --dataset_name"):
-        script.main(["--model_name_or_path", "model"])
+    Qwen3_5TextConfig(num_hidden_layers=1).save_pretrained("ar")
+    Path("latin.txt").write_bytes("Größe".encode("latin-1"))
+    for options, message in {
+        "--model_name_or_path model": "one of --file and --dataset_name",
+        "--model_name_or_path ar --file text.txt": r'type "qwen3_5_text", not a converted one.*convert_a2d\.py',
+        "--model_name_or_path model --dataset_name org/no_texts": "org/no_texts cannot be reached .* hf download",
+        "--model_name_or_path model --file latin.txt": r"latin\.txt is not text in UTF-8",
+        "--model_name_or_path model --file text.txt --max_length 0": "max_length=0 leaves nothing to predict",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            script.main(options.split())

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (3, 3)])
 def test_cross_entropy_by_masking_rate_is_that_of_full_logits(nano_tokenizer, config, tmp_path, batch, accumulation):
     file = write_lines(tmp_path / "train.jsonl", [chat("Write.", answer) for answer in ANSWERS])
-    samples = load_samples(read_rows(file, None, ""), nano_tokenizer, config, max_length=256)[0]
+    samples = load_samples(read_rows(file), nano_tokenizer, config, max_length=256)[0]
     options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "logging_steps": 1}
     trainer = make_trainer(config, samples, tmp_path / "out", seed=5, **options)
     model, sums, counts = tiny_model(**config.to_diff_dict()), [0.0] * 5, [0] * 5
@@ -77,8 +77,8 @@ def test_a_run_shows_and_leaves_what_it_did(nano_tokenizer, config, tmp_path, ca
 
 def test_curves_draw_what_was_logged(tmp_path):
     history = [{"step": step, "loss": 3.0 / step, BUCKETS[2]: 1.0} for step in (1, 2, 3)]
-    draw_curves(history, tmp_path / "some.png")
-    draw_curves([], tmp_path / "none.png")
+    draw_curves(history, "NELBO", tmp_path / "some.png")
+    draw_curves([], "NELBO", tmp_path / "none.png")
     colours = [len(Image.open(tmp_path / name).convert("RGB").getcolors(1 << 20)) for name in ("some.png", "none.png")]
     assert colours[0] > 2 * colours[1]  # without curves all is black, white and grey
 

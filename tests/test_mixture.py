@@ -68,7 +68,7 @@ def test_the_mixture_in_small_becomes_samples(small_hub, tokenizer, config, monk
     small = [source._replace(limit=limit) for source, limit in zip(data.MIXTURE, limits, strict=True)]
     monkeypatch.setattr(data, "MIXTURE", small)
     monkeypatch.setattr(config, "mask_token_id", tokenizer.convert_tokens_to_ids("<|mask|>"))
-    samples, counts = load_samples(read_rows(None, None, "train"), tokenizer, config, max_length=2048)
+    samples, counts = load_samples(read_rows(None), tokenizer, config, max_length=2048)
     keys = ("rows", "of", "samples", "dropped")
     expected = [(1, 2, 1, 0), (1, 2, 1, 0), (4, 8, 4, 0), (2, 2, 4, 0), (1, 2, 1, 0), (2, 2, 2, 0)]
     assert [tuple(count[key] for key in keys) for count in counts] == expected
@@ -95,7 +95,7 @@ def test_the_mixture_of_the_real_schemas(qwen_tokenizer, config, monkeypatch):
     sources = [source._replace(limit=40) for source in data.MIXTURE]
     monkeypatch.setattr(data, "MIXTURE", sources)
     monkeypatch.setattr(config, "mask_token_id", qwen_tokenizer.convert_tokens_to_ids("<|mask|>"))
-    samples, counts = load_samples(read_rows(None, None, "train"), qwen_tokenizer, config, max_length=2048)
+    samples, counts = load_samples(read_rows(None), qwen_tokenizer, config, max_length=2048)
     assert [count["rows"] for count in counts] == [40] * 6
     assert counts[0]["of"] == 9229
     whys = [count.pop("why dropped") for count in counts]

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 @pytest.fixture(scope="module")
 def samples(nano_tokenizer, config, tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = read_rows(write_lines(file, [chat("Write.", answer) for answer in ANSWERS]), None, "")
+    rows = read_rows(write_lines(file, [chat("Write.", answer) for answer in ANSWERS]))
     return load_samples(rows, nano_tokenizer, config, max_length=256)[0]
 
 

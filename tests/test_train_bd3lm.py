@@ -1,7 +1,9 @@
 """Trainer of train_bd3lm.py, and small runs of the whole script."""
 
 import json
+import os
 import shutil
+import sys
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -11,10 +13,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import chat, tiny_model, write_lines
+from conftest import chat, tiny_model, tokens, write_lines
 from safetensors import safe_open
 from trainers import ANSWERS, make_inputs, make_trainer
-from transformers import AutoModel, AutoTokenizer, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, Qwen3_5ForCausalLM, TrainingArguments
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
@@ -37,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 def samples(nano_tokenizer, config, tmp_path_factory):
     rows = [chat("Write.", answer) for answer in ANSWERS]
     file = write_lines(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
-    return load_samples(read_rows(file, None, ""), nano_tokenizer, config, max_length=256)[0]
+    return load_samples(read_rows(file), nano_tokenizer, config, max_length=256)[0]
 
 
 def loss_by_hand(model, samples, config, key, schedule="linear", ar_loss_weight=0.0) -> torch.Tensor:
@@ -128,11 +130,13 @@ def test_an_unknown_schedule_is_named():
         bd3lm.BD3LMTrainer(noise_schedule="log")
 
 
-def test_label_smoothing_is_refused(tmp_path):
-    """The Trainer would take it from all logits, without the weights of the loss."""
-    args = TrainingArguments(tmp_path, label_smoothing_factor=0.1)
-    with pytest.raises(bd3lm.InputError, match="label_smoothing_factor would replace the loss"):
-        bd3lm.BD3LMTrainer(tiny_model(), args)
+def test_a_loss_that_is_no_nelbo_is_not_called_one(tmp_path):
+    model, args = tiny_model(context_attention="causal"), TrainingArguments(tmp_path)
+    names = {
+        bd3lm.BD3LMTrainer(model, args, noise_schedule=schedule, ar_loss_weight=weight).loss_name
+        for schedule, weight in [("linear", 0), ("cosine", 0.5), ("clipped", 0), ("clipped", 0.5)]
+    }
+    assert names == {"NELBO", "NELBO + AR", "loss", "loss + AR"}
 
 
 def test_an_ar_loss_that_cannot_be_is_refused(config, samples, tmp_path):
@@ -180,6 +184,7 @@ def test_the_defaults_are_the_run_of_the_card():
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 16)
     assert (data_args.max_length, args.gradient_checkpointing) == (2048, True)
     assert args.optim.startswith("adamw")
+    assert args.train_sampling_strategy == "group_by_length"
     assert bd3lm.parse_args(["--gradient_checkpointing", "false"])[1].gradient_checkpointing is False
     assert (data_args.noise_schedule, data_args.ar_loss_weight) == ("linear", 0)
     assert get_args(get_type_hints(bd3lm.DataArguments)["noise_schedule"]) == tuple(NOISE_SCHEDULES)
@@ -192,11 +197,67 @@ def test_a_model_that_is_absent_or_not_converted_is_named(tmp_path, monkeypatch)
         bd3lm.InputError, match=r"The model arclm-0\.8b cannot be loaded.*make it: python convert_a2d\.py"
     ):
         bd3lm.main([])
+    (tmp_path / "other").mkdir()
+    for files, message in {
+        '{"model_type": "unheard_of"}': "The model other cannot be loaded: .*unheard_of",
+        '{"model_type": "arclm"}': "The model other cannot be loaded: ",
+        "adapter": r"other is an adapter\. Give the model it was trained on, or merge it .*merge_and_unload",
+    }.items():
+        (tmp_path / "other" / ("adapter_config.json" if files == "adapter" else "config.json")).write_text(files)
+        with pytest.raises(bd3lm.InputError, match=message):
+            bd3lm.main(["--model_name_or_path", "other"])
     Qwen3_5TextConfig(num_hidden_layers=1).save_pretrained(tmp_path / "ar")
     file = write_lines(tmp_path / "train.jsonl", [chat("Hi.", "Hello.")])
     argv = ["--model_name_or_path", str(tmp_path / "ar"), "--train_file", file, "--output_dir", str(tmp_path / "out")]
     with pytest.raises(bd3lm.InputError, match=r'model of type "qwen3_5_text", not a converted one.*convert_a2d\.py'):
         bd3lm.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--lora_rank -1", "--lora_rank -1 is less than 0"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0 is less than 1"),
+        ("--eval_strategy steps", "eval_dataset"),
+        ("--report_to no_such_thing", "no_such_thing"),
+        ("--dataset_split test", "--dataset_split and --dataset_config are of --dataset_name, which was not given"),
+        ("--label_smoothing_factor 0.1", "label_smoothing_factor would replace the loss"),
+    ],
+)
+def test_options_that_cannot_be_are_a_sentence(options, message, nano_tokenizer, config, tmp_path):
+    argv = [*make_inputs(tmp_path, config, nano_tokenizer), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(bd3lm.InputError, match=message):
+        bd3lm.main([*argv, *options.split()])
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("optimizer", "package"), [("adamw_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao")])
+def test_an_optimizer_without_its_package_is_a_sentence(optimizer, package, config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.optim", None)
+    args = TrainingArguments(tmp_path, optim=optimizer)
+    with pytest.raises(bd3lm.InputError, match=package):
+        bd3lm.make_trainer(model=tiny_model(), args=args)
+
+
+def test_with_blocks_of_one_and_all_masked_the_loss_is_the_parents(monkeypatch):
+    """At every masking rate its mean is, see `test_noise_bd3lm.py`."""
+    monkeypatch.setattr("arclm.noise_bd3lm.sample_t", lambda offset, uniforms, has_response: torch.ones_like(uniforms))
+    model = tiny_model(block_size=1, context_attention="causal", right_shift_logits=True)
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
+    parent = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**config)).eval()
+    parent.load_state_dict(model.state_dict())
+    ids = tokens(3, 21)
+    labels = ids.masked_fill(torch.arange(21) < 1, IGNORE)
+    noise = make_loss_inputs(ids, labels, model.config, (0, 0), [0, 1, 2])
+    assert noise.pop("masking_rate").eq(1).all()
+    loss, expected = model(ids, **noise).loss, parent(ids, labels=labels).loss
+    expected.backward()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    weights = dict(model.named_parameters())
+    for name, weight in parent.named_parameters():
+        torch.testing.assert_close(weights[name].grad, weight.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_with_another_schedule_measures_on_the_rows_it_was_not_trained_on(
@@ -225,7 +286,7 @@ def test_a_run_with_another_schedule_measures_on_the_rows_it_was_not_trained_on(
 
 
 def all_samples(folder: Path, tokenizer, config):
-    rows = read_rows(str(folder / "train.jsonl"), None, "")
+    rows = read_rows(str(folder / "train.jsonl"))
     return load_samples(rows, tokenizer, config, max_length=64)[0].with_format("torch")
 
 
@@ -233,7 +294,9 @@ def all_samples(folder: Path, tokenizer, config):
 def test_push_to_hub_uploads_whole_models(error, nano_tokenizer, config, tmp_path, monkeypatch):
     argv, out, pushed = make_inputs(tmp_path, config, nano_tokenizer), tmp_path / "out", []
 
-    def upload(self, *, folder_path, ignore_patterns, commit_message, run_as_future=False, **_):
+    def upload(self, *, folder_path, ignore_patterns, commit_message, run_as_future=False, delete_patterns=(), **_):
+        assert ("training_args.bin" in delete_patterns) == (commit_message == "End of training")
+        assert os.environ["HF_TOKEN"] == "hf_secret"
         copy = tmp_path / f"copy{len(pushed)}"
         shutil.copytree(folder_path, copy, ignore=shutil.ignore_patterns(*ignore_patterns))
         pushed.append((commit_message, copy))
@@ -243,7 +306,18 @@ def test_push_to_hub_uploads_whole_models(error, nano_tokenizer, config, tmp_pat
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: Mock(repo_id="me/arclm"))
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
-    argv += ["--push_to_hub", "true", "--max_steps", "2", "--save_steps", "1", "--output_dir", str(out)]
+    monkeypatch.setenv("HF_TOKEN", "")  # what the run sets ends with this test
+    argv += [
+        "--push_to_hub",
+        "true",
+        "--hub_token=hf_secret",
+        "--max_steps",
+        "2",
+        "--save_steps",
+        "1",
+        "--output_dir",
+        str(out),
+    ]
     message = r"out is complete, but its upload failed \(401\)\. .*`hf upload me/arclm .*out`"
     with pytest.raises(bd3lm.TrainingError, match=message) if error else nullcontext():
         bd3lm.main(argv)
@@ -256,6 +330,9 @@ def test_push_to_hub_uploads_whole_models(error, nano_tokenizer, config, tmp_pat
         assert {"generation_config.json", *code} <= files
     assert {"training.md", "training.png"} <= files
     assert not files & {"training_args.bin", "checkpoint-2"}
+    everything = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [file for file in everything if b"hf_secret" in file.read_bytes()]
+    assert "--hub_token=TOKEN" in (out / "training.md").read_text()
 
 
 def dtypes_of(folder: Path) -> dict[str, str]:
@@ -308,7 +385,7 @@ def test_training_lowers_the_loss_and_leaves_a_whole_model(nano_tokenizer, confi
 
 def test_a_resumed_run_ends_with_the_same_weights(config, samples, tmp_path, monkeypatch):
     options = {"max_steps": 4, "save_steps": 3, "save_strategy": "steps", "train_sampling_strategy": "random"}
-    options |= {"per_device_train_batch_size": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+    options |= {"per_device_train_batch_size": 2, "optim": "adamw_torch", "learning_rate": 1e-2, "logging_steps": 2}
     keys = []
     monkeypatch.setattr(bd3lm, "make_loss_inputs", lambda *args: keys.append(args[3]) or make_loss_inputs(*args))
     whole = make_trainer(config, samples, tmp_path, **options)
@@ -318,3 +395,8 @@ def test_a_resumed_run_ends_with_the_same_weights(config, samples, tmp_path, mon
     assert keys == [(42, 0), (42, 1), (42, 2), (42, 3), (42, 3)]
     for expected, weight in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(expected, weight)
+    logged = [
+        [(log["step"], log["loss"]) for log in run.state.log_history if "loss" in log] for run in (whole, resumed)
+    ]
+    assert [step for step, _ in logged[0]] == [2, 3, 4]
+    assert logged[0] == logged[1]

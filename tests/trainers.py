@@ -35,4 +35,5 @@ def make_inputs(folder: Path, config, tokenizer) -> list[str]:
 
 def losses(folder: Path) -> list[float]:
     """Return the losses that a run logged."""
-    return [entry["loss"] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"][:-1]]
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in log if "loss" in entry]
