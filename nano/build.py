@@ -41,7 +41,7 @@ def commands(args: BuildArguments) -> tuple[list[list[str]], str]:
     """Return the commands, as arguments of `python` in the repository, and the directory of the result."""
     converted, data, trained = (f"{args.work_dir}/{name}" for name in ("converted", "train.jsonl", "trained"))
     convert = f"convert_a2d.py --model_name_or_path nano/arclm-nano-base --output_dir {converted}"
-    convert += " --block_size 16 --right_shift_logits true --context_attention causal"
+    convert += " --block_size 16 --right_shift_logits true"
     world = f"nano/world.py --output_file {data} --num_tasks {args.num_tasks} --seed {args.seed}"
     train = f"--seed {args.seed} --max_steps {args.max_steps} --learning_rate 2e-3"
     lines = [convert, world, train_command(converted, data, trained) + train]
@@ -60,8 +60,7 @@ def train_command(model: str, data: str, output_dir: str) -> str:
         "-m torch.distributed.run --nproc_per_node 2 train_bd3lm.py --use_cpu true"
         f" --model_name_or_path {model} --train_file {data} --output_dir {output_dir} --per_device_train_batch_size 16"
         " --gradient_accumulation_steps 1 --gradient_checkpointing false --lr_scheduler_type cosine"
-        " --warmup_steps 50 --max_grad_norm 1.0 --noise_schedule clipped --ar_loss_weight 0.5"
-        " --logging_steps 50 --report_to none"
+        " --warmup_steps 50 --max_grad_norm 1.0 --logging_steps 50 --report_to none"
         " --save_strategy no --answer_steps 0 "
     )
 

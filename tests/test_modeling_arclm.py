@@ -309,6 +309,13 @@ def test_only_noisy_blocks_with_labels_are_read_and_nothing_else_changes(shift, 
     assert error(loss, expected) < 1e-5
     assert all(error(a, b) < 1e-5 for a, b in zip(grads, references, strict=True))
 
+    # the clean stream ends before the last MLP, unless the logits before a block come from it
+    columns = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda _, __, output: columns.append(output.shape[1]))
+    model(**batch, noisy_input_ids=x_t, labels=labels)
+    model(**batch, noisy_input_ids=x_t, labels=labels, output_hidden_states=True)
+    assert columns == ([columns[1]] * 2 if shift else [columns[1] - 75, columns[1]])
+
     states = model.model(**batch, noisy_input_ids=x_t, needed=labels != -100).last_hidden_state
     assert (states == 0).all(-1)[is_token].any()
 
