@@ -123,17 +123,14 @@ def evaluate_nelbo(
                 block_size=block_size,
             ).loss
             totals[draw] += loss.item()
-    draws = totals / tokens
-    nelbo = draws.mean().item()
+    nelbo, deviation = (totals / tokens).mean().item(), (totals / tokens).std().item()
     return {
         "nelbo": nelbo,
-        "standard_error": draws.std().item() / math.sqrt(num_draws),
+        "standard_error": deviation / math.sqrt(num_draws),
         "perplexity": math.exp(nelbo),
         "bits_per_token": nelbo / math.log(2),
         "tokens": tokens,
-        "block_size": block_size,
-        "num_draws": num_draws,
-        "seed": seed,
+        **{"block_size": block_size, "num_draws": num_draws, "seed": seed},
     }
 
 

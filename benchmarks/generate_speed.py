@@ -9,14 +9,17 @@ Writes benchmarks/results/generate_speed_cpu.json (or _gpu.json) and a plot besi
 A row is a batch of random prompts. Seconds are those of the whole call, prompt included; a step is the time from one
 denoising pass to the next, sampling included. The floor of a step is its arithmetic (2 x parameters x tokens over the
 rate of matrix products) or its reading (weights, state, keys and values over the memory bandwidth), whichever takes
-longer; rate and bandwidth are measured between the contestants. Targets are for the shape hidden256 on a CPU, and for
-the 0.8B shapes on a GPU at the card's setting. The first call is measured in a process of its own, without compiled
-kernels of earlier ones.
+longer; rate and bandwidth are measured between the contestants. On a GPU every row captures anew: `captured` is the
+share of its denoising steps that replay a CUDA graph, `capture_s` the longest capture. Targets are for the shape
+hidden256 on a CPU, and for the 0.8B shapes on a GPU at the card's setting, which come first. The first call is
+measured in a process of its own, without compiled kernels of earlier ones.
 """
 
 import os
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from multiprocessing import get_context
@@ -47,12 +50,14 @@ from common import (
     random_ids,
     ratio,
     start_record,
+    synchronise,
     timed,
     write_record,
 )
 from transformers import HfArgumentParser, Qwen3_5ForCausalLM
 from transformers.hf_argparser import HfArg
 
+from arclm import graphs_arclm
 from arclm.modeling_arclm import ArcLMForDiffusionLM
 
 
@@ -60,11 +65,12 @@ from arclm.modeling_arclm import ArcLMForDiffusionLM
 TARGETS = {"step_over_floor": 2.0, "step_over_dllm": 0.5, "s_over_dllm": 1.0, "s_over_ar": 1.0}
 LONG = {"context": 4096, "new_tokens": 256}  # the row whose seconds have a target of their own
 LONG_TARGETS = TARGETS | {"s_over_dllm": 1 / 3}
-# on a GPU at the 0.8B shapes: the card's setting, a token per step, and 4 tokens per step
-CARD = {"batch": 1, "context": 1024, "new_tokens": 256}
+# on a GPU at the 0.8B shapes: the card's setting, by rows and tokens per step
+CARD = {"context": 1024, "new_tokens": 256}
 CARD_TARGETS = {
-    1: {"step_over_floor": 2.0, "s_over_dllm": 0.1, "s_over_ar": 0.2, "arclm_s": 256 / 1400},
-    4: {"step_over_floor": 2.0, "arclm_s": 256 / 5000},
+    (1, 1): {"step_over_floor": 2.0, "s_over_dllm": 0.1, "s_over_ar": 0.2, "arclm_s": 256 / 1400, "capture_s": 2.0},
+    (1, 4): {"step_over_floor": 2.0, "arclm_s": 256 / 5000, "capture_s": 2.0},
+    (16, 4): {"step_over_batch_1": 2.0, "capture_s": 2.0},
 }
 FIRST_CALL_TARGETS = {"cost_s": 60.0}  # at most, on a GPU
 MODELS = ("arclm", "dllm", "ar")
@@ -77,7 +83,7 @@ class SpeedArguments:
     dllm: str | None = HfArg(default=None, help="Directory of a dLLM checkout.")
     device: str = HfArg(default_factory=default_device, help="cpu or cuda.")
     shapes: list[str] | None = field(
-        default=None, metadata={"help": "Among nano, hidden256, 0.8b. CPU: the first two; GPU: all."}
+        default=None, metadata={"help": "Among nano, hidden256, 0.8b. CPU: the first two; GPU: all, the last first."}
     )
     batch_sizes: list[int] | None = field(default=None, metadata={"help": "Rows per batch. CPU: 1 4; GPU: 1 4 16."})
     contexts: list[int] | None = field(
@@ -94,8 +100,7 @@ class StepClock:
     """Notes when each forward pass of a model begins; on a GPU in its queue, so that nothing waits for it."""
 
     def __init__(self, model: torch.nn.Module, device: str):
-        self.device, self.starts = device, []
-        self.hook = model.register_forward_pre_hook(lambda *_: self.starts.append(self._now()))
+        self.model, self.device, self.starts = model, device, []
 
     def _now(self) -> float | torch.cuda.Event:
         if self.device != "cuda":
@@ -107,12 +112,48 @@ class StepClock:
     def run(self, generate, passes: int) -> tuple[float, float]:
         """Call `generate` and return its seconds and the median seconds of its last `passes` passes."""
         self.starts.clear()
-        seconds = timed(lambda: (generate(), self.starts.append(self._now())), self.device)
+        hook = self.model.register_forward_pre_hook(lambda *_: self.starts.append(self._now()))
+        try:
+            seconds = timed(lambda: (generate(), self.starts.append(self._now())), self.device)
+        finally:
+            hook.remove()
         steps = [
             1e-3 * begin.elapsed_time(end) if self.device == "cuda" else end - begin
             for begin, end in pairwise(self.starts)
         ]
         return seconds, median(steps[-passes:])
+
+
+class CaptureClock:
+    """Stands around what records CUDA graphs: notes the seconds of each capture and counts the replays."""
+
+    def __init__(self, capture: Callable, device: str):
+        self.capture, self.device, self.seconds, self.replays = capture, device, [], 0
+
+    def __call__(self, function: Callable) -> tuple:
+        start = time.perf_counter()
+        replay, outputs = self.capture(function)
+        synchronise(self.device)
+        self.seconds.append(time.perf_counter() - start)
+
+        def counted() -> None:
+            self.replays += 1
+            replay()
+
+        return counted, outputs
+
+
+@contextmanager
+def watched_captures(model: ArcLMForDiffusionLM) -> Iterator[CaptureClock | None]:
+    """Have `model` capture anew, under a clock; `None` on a device without graphs."""
+    device = model.device.type
+    if device not in graphs_arclm.CAPTURES:
+        yield None
+        return
+    clock = CaptureClock(graphs_arclm.CAPTURES[device](model.device), device)
+    graphs_arclm._IDLE.pop(model.model, None)
+    with patch.dict(graphs_arclm.CAPTURES, {device: lambda _: clock}):
+        yield clock
 
 
 def contestants(
@@ -164,7 +205,12 @@ def measure(
     config, device = model.config, prompts.device.type
     steps = new_tokens // tokens_per_step
     runs = contestants(model, parent, prompts, peer, new_tokens=new_tokens, steps=steps)
-    results = interleave({**runs, "limits": measure_limits(device, model.dtype)}, repeats)
+    with watched_captures(model) as captures:
+        results = interleave({**runs, "limits": measure_limits(device, model.dtype)}, repeats)
+    captured = {}
+    if captures is not None:
+        captured["captured"] = captures.replays / (steps * (repeats + 1))
+        captured["capture_s"] = max(captures.seconds, default=None)
     limits = Limits(*median(results["limits"]))
     seconds, step = {}, {}
     for name in MODELS:
@@ -188,33 +234,41 @@ def measure(
         "step_over_dllm": ratio(step["arclm"], step["dllm"]),
         "s_over_dllm": ratio(seconds["arclm"], seconds["dllm"]),
         "s_over_ar": ratio(seconds["arclm"], seconds["ar"]),
+        **captured,
         "limits": limits._asdict(),
     }
 
 
-def measure_shape(shape: str, peer: ModuleType | None, args: SpeedArguments) -> list[dict]:
-    """Measure all rows of one shape."""
-    model = make_arclm(shape, args.device, default_dtype(args.device))
-    parent = make_parent(model)
-    sizes = product(args.contexts, args.batch_sizes)
+def cases_of(shape: str, args: SpeedArguments) -> list[tuple[int, int, int, int, dict]]:
+    """Return batch, context, new tokens, tokens per step and targets of all rows of one shape, the card's first."""
     has_targets = shape == "hidden256" and args.device == "cpu"
     cases = [
         (batch, context, args.new_tokens, args.tokens_per_step, TARGETS if has_targets else {})
-        for context, batch in sizes
+        for context, batch in product(args.contexts, args.batch_sizes)
     ]
     if args.long_row:
         cases.append((1, *LONG.values(), args.tokens_per_step, LONG_TARGETS if has_targets else {}))
     if shape == "0.8b" and args.device == "cuda":
-        cases += [(*CARD.values(), tokens, targets) for tokens, targets in CARD_TARGETS.items()]
-    rows = []
-    for batch, context, new, tokens, targets in cases:
+        card = [(batch, *CARD.values(), tokens, targets) for (batch, tokens), targets in CARD_TARGETS.items()]
+        cases = card + cases
+    return cases
+
+
+def measure_shape(shape: str, peer: ModuleType | None, args: SpeedArguments) -> Iterator[dict]:
+    """Measure the rows of one shape, one after the other."""
+    model = make_arclm(shape, args.device, default_dtype(args.device))
+    parent, alone = make_parent(model), {}
+    for batch, *sizes, targets in cases_of(shape, args):
+        context, new, tokens = sizes
         prompts = random_ids(model.config, batch, context, args.device)
         row = measure(model, parent, prompts, peer, new_tokens=new, tokens_per_step=tokens, repeats=args.repeats)
+        if batch == 1:
+            alone[tuple(sizes)] = row["arclm_step_ms"]
+        row["step_over_batch_1"] = ratio(row["arclm_step_ms"], alone.get(tuple(sizes)))
         if targets:
             row = check_targets(row, targets)
-        rows.append({"shape": shape, **row})
-        print(rows[-1], flush=True)
-    return rows
+        print({"shape": shape, **row}, flush=True)
+        yield {"shape": shape, **row}
 
 
 def first_call(shape: str | dict, device: str) -> dict[str, float]:
@@ -253,7 +307,7 @@ def main() -> None:
     """Measure, print, draw, write."""
     args = HfArgumentParser(SpeedArguments).parse_args_into_dataclasses()[0]
     is_gpu = args.device == "cuda"
-    args.shapes = args.shapes or ["nano", "hidden256", *["0.8b"] * is_gpu]
+    args.shapes = args.shapes or (["0.8b", "hidden256", "nano"] if is_gpu else ["nano", "hidden256"])
     args.batch_sizes = args.batch_sizes or [1, 4, *[16] * is_gpu]
     args.contexts = args.contexts or [64, 1024, *[8192] * is_gpu]
     record = start_record("Seconds of generate and of a denoising step, medians.", args.device, dllm=args.dllm)
@@ -264,8 +318,9 @@ def main() -> None:
     record["first_call"] = {}
     for shape in args.shapes:
         record["first_call"][shape] = measure_first_call(shape, args.device)
-        record["rows"] += measure_shape(shape, peer, args)
-        write_record(record, file)
+        for row in measure_shape(shape, peer, args):
+            record["rows"].append(row)
+            write_record(record, file)  # after every row: what is cut off loses little
     print_table("generate: seconds of a call, milliseconds of a denoising step", record["rows"])
     plot(record["rows"], file.with_suffix(".png"))
 

@@ -1,14 +1,19 @@
 """The measuring functions of the speed benchmarks, on a tiny model: what they count, not how fast it is."""
 
 import json
+import subprocess
 import sys
 from math import isfinite
 from pathlib import Path
+from shutil import which
 from types import SimpleNamespace
 
 import pytest
 import torch
+from captures import Rerun
 from conftest import tiny_config, tiny_model, tokens
+
+from arclm import graphs_arclm
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -83,9 +88,37 @@ def test_without_a_peer_its_numbers_are_left_out(capsys):
     assert common.load_dllm(None, "dllm.core.samplers.bd3lm") is None
     assert "dLLM is left out" in capsys.readouterr().out
     model = common.make_arclm(SHAPE, "cpu", torch.float32)
-    sizes = {"new_tokens": BLOCK, "tokens_per_step": 8, "repeats": 1}
-    row = generate_speed.measure(model, common.make_parent(model), tokens(1, BLOCK), None, **sizes)
+    parent, sizes = common.make_parent(model), {"new_tokens": BLOCK, "tokens_per_step": 8, "repeats": 1}
+    row = generate_speed.measure(model, parent, tokens(1, BLOCK), None, **sizes)
     assert_positive(row, but=("dllm_s", "dllm_step_ms", "step_over_dllm", "s_over_dllm"))
+    assert not model._forward_pre_hooks
+    assert not parent._forward_pre_hooks
+
+
+def test_rows_tell_what_was_captured_and_what_more_rows_cost(monkeypatch):
+    monkeypatch.setitem(graphs_arclm.CAPTURES, "cpu", Rerun)
+    monkeypatch.setattr(graphs_arclm, "MAX_COLUMNS", 2 * graphs_arclm.MIN_COLUMNS)
+    monkeypatch.setattr(common, "SHAPES", {"tiny": SHAPE})
+    knobs = {"shapes": ["tiny"], "batch_sizes": [1, 3], "contexts": [BLOCK, 2 * BLOCK], "new_tokens": 2 * BLOCK}
+    args = generate_speed.SpeedArguments(device="cpu", long_row=False, repeats=1, **knobs)
+    rows = list(generate_speed.measure_shape("tiny", None, args))
+    # every row captures anew: the first one's graphs would do for the third. Those of three rows are too large
+    assert [row["captured"] for row in rows] == [1, 0, 1, 0]
+    assert [row["capture_s"] is None for row in rows] == [False, True, False, True]
+    assert [row["step_over_batch_1"] == 1 for row in rows] == [True, False, True, False]
+    assert rows[3]["step_over_batch_1"] == pytest.approx(rows[3]["arclm_step_ms"] / rows[2]["arclm_step_ms"])
+
+
+def test_on_a_gpu_the_cards_rows_come_first_with_their_targets():
+    knobs = {"batch_sizes": [1, 16], "contexts": [64]}
+    args = generate_speed.SpeedArguments(device="cuda", **knobs)
+    card = generate_speed.CARD_TARGETS
+    cases = generate_speed.cases_of("0.8b", args)
+    assert cases[:3] == [(1, 1024, 256, 1, card[1, 1]), (1, 1024, 256, 4, card[1, 4]), (16, 1024, 256, 4, card[16, 4])]
+    assert [case[:3] for case in cases[3:]] == [(1, 64, 64), (16, 64, 64), (1, 4096, 256)]
+    assert not any(case[-1] for case in cases[3:] + generate_speed.cases_of("hidden256", args))
+    cases = generate_speed.cases_of("hidden256", generate_speed.SpeedArguments(device="cpu", **knobs))
+    assert [case[-1]["s_over_dllm"] for case in cases] == [1.0, 1.0, 1 / 3]
 
 
 def test_the_first_call_costs_imports_and_what_it_is_slower_by():
@@ -121,6 +154,22 @@ def test_a_row_of_train_speed_has_every_number():
     assert_positive(row, but=left_out)
     assert row["arclm_tokens_per_s"] == pytest.approx(2 * 3 * BLOCK / row["arclm_s"])
     assert row["arclm_utilisation"] < 1
+    assert row["s_over_floor"] == pytest.approx(1 / row["arclm_utilisation"])
+
+
+@pytest.mark.parametrize(
+    ("row", "targets"),
+    [
+        (("0.8b", 1, 2048, "cuda"), {"s_over_dllm": 1 / 2}),
+        (("0.8b", 4, 2048, "cuda"), {"s_over_floor": 2.5}),
+        (("0.8b", 1, 512, "cuda"), {}),
+        (("hidden256", 1, 2048, "cuda"), {}),
+        (("hidden256", 4, 512, "cpu"), {"s_over_dllm": 2 / 3}),
+        (("0.8b", 1, 2048, "cpu"), {}),
+    ],
+)
+def test_rows_of_train_speed_with_targets(row, targets):
+    assert train_speed.targets_of(*row) == targets
 
 
 def test_the_operations_of_a_training_step_by_hand():
@@ -250,3 +299,41 @@ def test_result_files_have_four_digits(tmp_path):
     record = common.start_record("what", "cpu")
     assert record["hardware"]["cores"] >= 1
     assert set(record["versions"]) == {"python", "torch", "transformers"}
+
+
+# stands for Python, on a machine where the GPU tests fail and a package is missing
+PYTHON = """#!/bin/sh
+echo "$@" >> {log}
+case "$*" in
+  *pytest*) exit 1;;
+  *train_memory.py\\ --help) echo Traceback; echo "ModuleNotFoundError: No module named 'datasets'"; exit 1;;
+esac
+"""
+
+
+@pytest.mark.skipif(which("make") is None, reason="make is not installed")
+def test_make_gpu_goes_on_after_a_failure(tmp_path, monkeypatch):
+    monkeypatch.delenv("MAKEFLAGS", raising=False)  # those of a `make test` around this one
+    (tmp_path / "Makefile").symlink_to(common.ROOT / "Makefile")
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(PYTHON.format(log=log))
+    python.chmod(0o755)
+    command = ["make", "gpu", "VENV=", f"PYTHON={python}", "DLLM=../dllm", "OUT=out"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "train_memory cannot start: ModuleNotFoundError: No module named 'datasets'" in run.stdout
+    scripts = [line for line in log.read_text().splitlines() if "--output_file" in line]
+    assert scripts == [
+        f"benchmarks/{name}.py --output_file out/{name}_gpu.json{more}"
+        for name, more in [
+            *((name, " --dllm ../dllm") for name in ("generate_speed", "train_speed")),
+            *((name, "") for name in ("optimizers", "scaling")),
+        ]
+    ]
+    assert subprocess.run([*command, "GPU_SCRIPTS=scaling"], cwd=tmp_path, capture_output=True).returncode == 0
+
+
+def test_make_gpu_runs_every_file_with_gpu_tests():
+    paths = common.ROOT.glob("tests/test_*.py")
+    files = {path.name for path in paths if "pytest.mark." + "gpu" in path.read_text(encoding="utf-8")}
+    assert files == {path.name for path in common.ROOT.glob("tests/test_*gpu.py")}

@@ -6,6 +6,7 @@ On a CPU, `Traced` stands for a CUDA graph (`captures.py`). On a GPU: `test_grap
 import copy
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -129,7 +130,7 @@ def test_logits_that_are_not_finite_are_named_at_the_end_of_the_block(rerun, do_
 
 
 def test_every_batch_block_size_and_number_of_columns_is_captured_by_itself(traced):
-    model = tiny_model(**SMALL)
+    model = tiny_model(**SMALL, context_attention="causal")  # a cache of any block size
     graphs, caches = graphs_of(model), {}
     ways = [(1, 4, 4), (2, 4, 4), (3, 4, 4), (2, 2, 4), (2, 4, 12), (2, 1, 4)]
     for captures, (batch, length, context) in enumerate(ways, 1):
@@ -166,6 +167,18 @@ def test_contexts_that_take_turns_are_not_confused(traced):
     assert error(model(noisy_input_ids=block(7, 2), past_key_values=caches[0], graphs=graphs).logits, expected) < 1e-5
 
 
+@pytest.mark.parametrize("length", [4, None])
+def test_a_commit_to_another_context_between_two_steps(length):
+    model = tiny_model(**SMALL)
+    graphs, other = graphs_of(model), prefilled(model, 8)
+    step = {"noisy_input_ids": block(1), "past_key_values": length and prefilled(model, length)}
+    expected = model(**step).logits
+    for _ in range(2):  # over 8 columns, then over 16
+        assert error(model(**step, graphs=graphs).logits, expected) < 1e-5
+        model(tokens(1, L), noisy_input_ids=block(2), past_key_values=other, graphs=graphs)
+    assert error(model(**step, graphs=graphs).logits, expected) < 1e-5
+
+
 def test_other_inputs_are_left_to_the_eager_path(traced, monkeypatch):
     model = tiny_model(**SMALL)
     graphs, cache = graphs_of(model), prefilled(model, 4)
@@ -180,14 +193,17 @@ def test_other_inputs_are_left_to_the_eager_path(traced, monkeypatch):
         expected = model(**copy.deepcopy(inputs)).logits
         assert torch.equal(model(**inputs, graphs=graphs).logits, expected)
     monkeypatch.setattr(graphs_arclm, "MAX_COLUMNS", 15)
+    said = []
+    monkeypatch.setattr(graphs_arclm.logger, "warning_once", said.append)
     cache = prefilled(model, 4, 4)
     assert model(noisy_input_ids=block(1, 2), past_key_values=cache, graphs=graphs).logits is not None
+    assert "CUDA graphs hold 15 columns of context" in said[0]
     assert not graphs.contexts
     assert not graphs.failed
 
 
 def test_what_does_not_fit_is_named_as_without_graphs(traced):
-    model = tiny_model(**SMALL)
+    model = tiny_model(**SMALL, context_attention="causal")
     graphs, cache = graphs_of(model), prefilled(model, 4)
     with pytest.raises(ValueError, match="past_key_values holds 1 rows, the input 2"):
         model(noisy_input_ids=block(1, 2), past_key_values=cache, graphs=graphs)
@@ -276,6 +292,14 @@ def test_autocast_and_the_knob_turn_it_off(traced):
     with torch.autocast("cpu", torch.bfloat16):
         model.generate(tokens(1, 5), max_new_tokens=3)
     model.generate(tokens(1, 5), max_new_tokens=3, use_cuda_graphs=False)
+    assert Traced.captures == 0
+    knobs = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": []}
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as accelerate does for the Trainer
+    for _ in range(2):
+        text = model.generate(tokens(1, 5), **knobs)
+        assert torch.equal(text, model.generate(tokens(1, 5), **knobs, use_cuda_graphs=False))
+        for parameter in model.parameters():  # a graph would go on with the casts that autocast kept
+            parameter.mul_(0.8)
     assert Traced.captures == 0
     with pytest.raises(TypeError, match="use_cuda_graphs=3 must be True or False"):
         model.generate(tokens(1, 5), use_cuda_graphs=3)
@@ -386,6 +410,26 @@ def test_two_calls_at_a_time_do_not_share_buffers(rerun):
     for thread in threads:
         thread.join()
     assert all(torch.equal(texts[i], expected[i]) for i in (0, 1))
+
+
+def test_two_threads_do_not_capture_at_once(rerun, monkeypatch):
+    events = []
+
+    class Slow(Rerun):
+        def __call__(self, function):
+            events.append("begin")
+            time.sleep(0.1)
+            events.append("end")
+            return super().__call__(function)
+
+    monkeypatch.setitem(graphs_arclm.CAPTURES, "cpu", Slow)
+    model, knobs = tiny_model(**SMALL), {"max_new_tokens": 6, "eos_token_id": []}
+    threads = [threading.Thread(target=model.generate, args=[tokens(1, 5)], kwargs=knobs) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert events == ["begin", "end"] * 4
 
 
 def test_graphs_come_back_after_every_call_and_go_with_the_model(traced):

@@ -80,11 +80,13 @@ def test_weights_changed_in_place_or_moved_on_a_gpu():
     assert not graphs_arclm._IDLE[model.model][0].failed
 
 
-def test_the_host_waits_once_per_step_on_a_gpu():
+@pytest.mark.parametrize("more", [{}, {"top_k": 0}, {"top_k": 0, "top_p": 0.9}])
+def test_the_host_waits_once_per_step_on_a_gpu(more):
     model, x = gpu_model(), tokens(1, 16).cuda()
 
     def waits(steps: int) -> int:
         knobs = {"max_new_tokens": 16, "max_denoising_steps": steps, "do_sample": True, "eos_token_id": []}
+        knobs |= {"suppress_tokens": list(range(20, 60)), **more}
         model.generate(x, **knobs)  # captured before the count
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -110,21 +112,31 @@ def test_the_draw_on_a_gpu_is_that_of_torch_multinomial():
         assert (probs.gather(1, drawn) > 0).all()
 
 
-def test_sampling_goes_on_after_a_capture_that_ran_out_of_memory_on_a_gpu(monkeypatch):
-    class Full(graphs_arclm.CudaCapture):
+FAULTS = {
+    "out of memory": lambda: torch.empty(1 << 50, dtype=torch.uint8, device="cuda"),
+    "invalidated": lambda: torch.ones(1, device="cuda").item(),  # the host waits, which a capture forbids
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_sampling_goes_on_after_a_capture_that_failed_on_a_gpu(monkeypatch, fault):
+    class Failing(graphs_arclm.CudaCapture):
         def __call__(self, function):
-            def too_large():
+            def fail():
                 function()
                 if torch.cuda.is_current_stream_capturing():
-                    torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+                    FAULTS[fault]()
 
-            return super().__call__(too_large)
+            return super().__call__(fail)
 
-    monkeypatch.setitem(graphs_arclm.CAPTURES, "cuda", Full)
-    model, texts = gpu_model(), []
+    monkeypatch.setitem(graphs_arclm.CAPTURES, "cuda", Failing)
+    model, texts, stream = gpu_model(), [], torch.cuda.current_stream()
     for use in (False, True, True):
         torch.manual_seed(3)
         texts.append(model.generate(tokens(1, 20).cuda(), max_new_tokens=40, do_sample=True, use_cuda_graphs=use))
     assert torch.equal(texts[1], texts[0])
     assert torch.equal(texts[2], texts[0])
     assert all(graphs.failed for graphs in graphs_arclm._IDLE[model.model])
+    assert torch.cuda.current_stream() == stream
+    if torch.__version__ >= (2, 13):  # before, PyTorch takes an invalidated capture for one under way, and refuses
+        torch.cuda.empty_cache()

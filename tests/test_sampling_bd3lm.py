@@ -4,12 +4,22 @@ import re
 
 import pytest
 import torch
+from captures import Rerun
 from conftest import tiny_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StoppingCriteriaList
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
-from arclm.sampling_bd3lm import REMASKING_STRATEGIES, accept_tokens, draw, static_schedule, static_schedules
+from arclm import graphs_arclm
+from arclm.sampling_bd3lm import (
+    REMASKING_STRATEGIES,
+    SuppressTokens,
+    accept_tokens,
+    draw,
+    static_schedule,
+    static_schedules,
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -49,6 +59,53 @@ def test_the_static_schedule_is_dllms():
     assert table.shape == (17, 11)
     assert table[16].tolist() == static_schedule(16, 11)
     assert table[4].tolist() == static_schedule(4, 11) + [0] * 7
+
+
+# Suppressed tokens
+
+
+def test_suppressed_tokens_are_those_of_transformers_to_the_bit():
+    scores = torch.randn(5, 97).masked_fill(torch.rand(5, 97) < 0.1, -torch.inf)
+    scores[1, 3:40:4] = torch.nan
+    ids = torch.tensor([5, 7, 7, 96, 97, 500, -1])  # some of them outside the vocabulary
+    fast = SuppressTokens(ids, 97, torch.device("cpu"))(None, scores)
+    expected = SuppressTokensLogitsProcessor(ids)(None, scores)
+    assert torch.equal(fast.view(torch.int32), expected.view(torch.int32))
+    assert fast[:, [5, 7, 96]].isneginf().all()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a host wait for a GPU, and the sorts of as many numbers as the vocabulary has."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.waits, self.sorts = vocabulary, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.waits += name in ("nonzero", "_local_scalar_dense", "unique", "_unique2")
+        self.sorts += name in ("isin", "sort", "argsort") and args[0].numel() >= self.vocabulary
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("knobs", [{"do_sample": False}, {"top_k": 0}, {"top_k": 9, "top_p": 1.0}, {"min_p": 0.1}])
+def test_a_step_waits_once_and_looks_for_no_suppressed_token(knobs, monkeypatch):
+    monkeypatch.setitem(graphs_arclm.CAPTURES, "cpu", Rerun)  # an eager pass waits once more, for its checks
+    model, counts, texts = tiny_model(), [], []
+    knobs = {"do_sample": True, "max_new_tokens": 16, "eos_token_id": [], "suppress_tokens": [*range(20, 60)], **knobs}
+    for steps in (4, 16):
+        with Waits(vocabulary=97) as counted:
+            model.generate(tokens(1, 16), max_denoising_steps=steps, **knobs)
+        counts.append((counted.waits, counted.sorts))
+    assert counts[1][0] - counts[0][0] == 12
+    assert counts[1][1] == counts[0][1]
+    for parent in (False, True):
+        if parent:
+            monkeypatch.setattr(SuppressTokens, "__call__", SuppressTokensLogitsProcessor(range(20, 60)).__call__)
+        torch.manual_seed(3)
+        texts.append(model.generate(tokens(1, 16), **knobs))
+    assert torch.equal(*texts)
+    assert not set(texts[0][0, 16:].tolist()) & set(range(20, 60))
 
 
 # Bad input

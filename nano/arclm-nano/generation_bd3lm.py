@@ -34,7 +34,7 @@ from .sampling_bd3lm import (
     check_logits,
     check_prompt,
     draw,
-    plain_sampling,
+    fast_processors,
 )
 
 
@@ -247,13 +247,13 @@ class _Run:
 
     def set_callables(self, logits_processor, stopping_criteria, tokenizer) -> None:
         """Join those of the generation config and the caller's; lengths and end tokens are this class's own."""
-        self.processors = self.model._get_logits_processor(
+        processors = self.model._get_logits_processor(
             generation_config=self.config,
             input_ids_seq_length=self.input_ids.shape[1],
             logits_processor=LogitsProcessorList() if logits_processor is None else logits_processor,
             device=self.ids.device,
         )
-        self.plain = plain_sampling(self.processors, self.config, self.model.config, self.ids.device)
+        self.processors, self.plain = fast_processors(processors, self.config, self.model.config, self.ids.device)
         criteria = self.model._get_stopping_criteria(
             generation_config=self.config,
             stopping_criteria=StoppingCriteriaList() if stopping_criteria is None else stopping_criteria,

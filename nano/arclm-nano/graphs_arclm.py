@@ -9,6 +9,7 @@ There are two passes over a static context: a denoising step, and the commit of 
 block after it. `key_of` says what a captured pass depends on, and where there is none.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from copy import copy, deepcopy
@@ -31,6 +32,8 @@ MIN_COLUMNS = 1024
 MAX_COLUMNS = 65_536
 # What a cache holds for each layer, and the dimension in which it grows (0 where it does not).
 LAYERWISE = {"keys": 2, "values": 2, "conv_states": 0, "recurrent_states": 0}
+# PyTorch captures one graph at a time, and the wait for the device before one would invalidate another.
+_ONE_CAPTURE = threading.Lock()
 
 
 class CudaCapture:
@@ -42,13 +45,22 @@ class CudaCapture:
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Return what replays `function`, and its outputs, which every replay overwrites."""
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            for _ in range(2):  # libraries and Triton kernels set themselves up at first, which a capture forbids
-                function()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what another thread does meanwhile is no error
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            outputs = function()
+        try:
+            with torch.cuda.stream(self.stream):  # `graph` does not leave its stream where a capture was invalidated
+                for _ in range(2):  # libraries and Triton kernels set themselves up at first, which a capture forbids
+                    function()
+                graph = torch.cuda.CUDAGraph()
+                # thread_local: another thread may launch work and allocate meanwhile. One that waits for the whole
+                # device invalidates the capture all the same.
+                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                    outputs = function()
+        except Exception:
+            # There a capture that was invalidated leaves the generator in capture mode, where it refuses to draw. A
+            # copy of its state is not, and goes on with the same numbers.
+            if torch.__version__ < (2, 13):
+                generator = torch.cuda.default_generators[self.stream.device_index]
+                generator.graphsafe_set_state(generator.clone_state())
+            raise
         return graph.replay, outputs
 
 
@@ -83,7 +95,8 @@ class CapturedPass:
             committed = (output.clean_last_hidden_state, cache.conv_states, cache.recurrent_states)
             return output.predictive_hidden_state, committed if commit else ()
 
-        self.replay, (self.hidden_states, self.committed) = capture(read)
+        with _ONE_CAPTURE:
+            self.replay, (self.hidden_states, self.committed) = capture(read)
 
     def lay_out(self, streams: Streams, stamp: torch.Tensor | None) -> None:
         """Copy streams of the same shapes in."""
@@ -184,8 +197,12 @@ class DenoisingGraphs:
 
         Returns:
             Hidden states [B, L, D] that the logits come from, overwritten by the next call; `None`, with nothing
-            done, where the inputs are others or a capture failed.
+            done, where the inputs are others or too many, under autocast, and where a capture failed.
         """
+        # asked at every pass: the Trainer's autocast begins within the outer model. A graph would go on reading the
+        # casts of the weights that autocast kept.
+        if torch.is_autocast_enabled(model.device.type):
+            return None
         commit, noisy = input_ids is not None, noisy_input_ids
         block_size = model.config.block_size if block_size is None else block_size
         cache = ArcLMCache(len(model.layers)) if past_key_values is None else past_key_values
@@ -195,11 +212,17 @@ class DenoisingGraphs:
             return None
         num_columns = max(MIN_COLUMNS, 1 << (cache.num_columns - 1).bit_length())
         if len(noisy) * num_columns > MAX_COLUMNS:
+            logger.warning_once(
+                f"CUDA graphs hold {MAX_COLUMNS:,} columns of context, rows times the next power of two above the "
+                "longest. Denoising steps over more run without, slower with the same results."
+            )
             return None
         key, ids, token_mask = (len(noisy), block_size, num_columns), noisy, None
         context = self.contexts.get(key)
         captured = None if context is None else context.passes.get(commit)
-        if captured is None or captured.stamp is not cache.lengths:
+        # a commit is always of something new, and since the last step another cache may have been copied in
+        is_fresh = not commit and captured is not None and captured.stamp is context.stamp is cache.lengths
+        if not is_fresh:
             check_inputs(input_ids, noisy, cache, None, use_cache=None, config=model.config, block_size=block_size)
             try:
                 with torch.inference_mode(False), torch.no_grad():  # what is written later must not be of that mode
@@ -275,12 +298,12 @@ def key_of(model: nn.Module) -> tuple | None:
     """What captured passes depend on: modules, places of the weights, and settings; not the values of the weights.
 
     `None` where no pass is captured: where the device has no graphs, the model is spread over devices, quantised or in
-    training, under autocast, and with hooks or adapters, which are Python that a replay does not run. (The class
-    around an `ArcLMModel` may have hooks: it is called as ever.)
+    training, and with hooks or adapters, which are Python that a replay does not run. (The class around an
+    `ArcLMModel` may have hooks: it is called as ever.)
     """
     device, modules = model.device, list(model.modules())
     tensors = [*model.parameters(), *model.buffers()]
-    if device.type not in CAPTURES or model.training or torch.is_autocast_enabled(device.type):
+    if device.type not in CAPTURES or model.training:
         return None
     if any(type(x) not in (torch.Tensor, nn.Parameter) or x.device != device for x in tensors):
         return None

@@ -145,13 +145,17 @@ class ArcLMDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
-        """Map hidden states [B, columns, D] to hidden states of the same shape."""
+    def forward(
+        self, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None, keep: int | None = None
+    ) -> torch.Tensor:
+        """Map hidden states [B, columns, D] to hidden states of the same shape, or of the first `keep` columns."""
         normed = self.input_layernorm(hidden_states)
         if self.is_linear:
             mixed = self.linear_attn(normed, streams, access)
         else:
             mixed = self.self_attn(normed, (streams.cos, streams.sin), streams.attention, access)
+        if keep is not None:
+            hidden_states, mixed = hidden_states[:, :keep], mixed[:, :keep]
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -262,12 +266,14 @@ class ArcLMModel(ArcLMPreTrainedModel):
         use_cache: bool | None = None,
         block_size: int | None = None,
         needed: torch.Tensor | None = None,
+        need_clean: bool = True,
         output_hidden_states: bool | None = None,
     ) -> ArcLMModelOutput:
         """Read one or both streams.
 
         For the arguments see `ArcLMForDiffusionLM.forward`. With both streams, `needed` [B, T] bool limits the noisy
-        stream to the blocks that hold a True; the hidden states of the others are 0.
+        stream to the blocks that hold a True; the hidden states of the others are 0. Without `need_clean` those of the
+        clean stream may be left out.
         """
         block_size = self.config.block_size if block_size is None else block_size
         cache = past_key_values
@@ -285,7 +291,9 @@ class ArcLMModel(ArcLMPreTrainedModel):
             input_ids, noisy_input_ids, attention_mask, block_size=block_size, cache=cache, needed=needed
         )
         streams = streams.for_layers(self.config, cache, self.embed_tokens.weight.dtype)
-        output = self.read(ids, streams, cache, commit=commit, output_hidden_states=output_hidden_states)
+        noisy_alone = not (need_clean or output_hidden_states or commit or self.config.right_shift_logits)
+        keep = streams.num_noisy if noisy_alone and streams.num_noisy else None
+        output = self.read(ids, streams, cache, commit=commit, keep=keep, output_hidden_states=output_hidden_states)
         to_caller = partial(streams.to_caller, noisy=bool(streams.num_noisy))
         output.last_hidden_state = to_caller(output.last_hidden_state)
         output.predictive_hidden_state = to_caller(output.predictive_hidden_state)
@@ -302,11 +310,13 @@ class ArcLMModel(ArcLMPreTrainedModel):
         cache: ArcLMCache | None,
         *,
         commit: bool,
+        keep: int | None = None,
         output_hidden_states: bool | None = None,
     ) -> ArcLMModelOutput:
         """Embedding, layers and norm over ids [B, columns] as `streams` lays them out; hidden states in its columns.
 
-        All that asks the host comes before it or after it: `graphs_arclm.py` captures this function.
+        With `keep`, after the last mixer the first columns alone go on: nothing asks for the others any more. All that
+        asks the host comes before this function or after it: `graphs_arclm.py` captures it.
         """
         access = None if cache is None else CacheAccess(cache, streams.num_noisy, commit)
         hidden_states = self.embed_tokens(ids)
@@ -314,10 +324,10 @@ class ArcLMModel(ArcLMPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 layer_inputs.append(hidden_states[:, own_columns])
-            hidden_states = layer(hidden_states, streams, access)
+            hidden_states = layer(hidden_states, streams, access, keep if layer is self.layers[-1] else None)
         hidden_states = self.norm(hidden_states)
 
-        noisy, clean = hidden_states.split((streams.num_noisy, ids.shape[1] - streams.num_noisy), 1)
+        noisy, clean = hidden_states[:, : streams.num_noisy], hidden_states[:, streams.num_noisy :]
         if commit:
             cache.advance(streams.token_mask, ids[:, streams.num_noisy :], clean, streams.block_size)
         own = noisy if streams.num_noisy else clean
@@ -406,8 +416,8 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         if hidden is not None:
             return ArcLMOutput(logits=self.lm_head(_kept(hidden, logits_to_keep)), past_key_values=past_key_values)
         targets = clean_targets(clean_loss_weights, input_ids, noisy_input_ids, labels, self.config)
-        needed = None if labels is None else labels != -100
-        more = {"use_cache": use_cache, "needed": needed, "output_hidden_states": output_hidden_states}
+        more = {"needed": None if labels is None else labels != -100, "output_hidden_states": output_hidden_states}
+        more |= {"use_cache": use_cache, "need_clean": labels is None or targets is not None}
         outputs = self.model(input_ids, attention_mask, **inputs, **more)
         output = ArcLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
         hidden, weight = outputs.predictive_hidden_state, self.lm_head.weight
