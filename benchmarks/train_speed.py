@@ -146,8 +146,9 @@ def model_flops(model: nn.Module, rows: tuple[int, int, float]) -> float:
     """Return the operations that a training step on `rows` cannot do without: batch, length, response share.
 
     Two per weight and token forward and twice that backward, over the clean tokens and the noisy blocks that have
-    loss, without the last MLP of the clean tokens, which nothing asks for under unshifted logits; the head for the half of the response tokens that is masked on average; and attention, where a query meets
-    a key. What the recurrence computes beside its projections is left out, and so is recomputation.
+    loss, without the last MLP of the clean tokens, which nothing asks for under unshifted logits; the head for the
+    half of the response tokens that is masked on average; and attention, where a query meets a key. What the
+    recurrence computes beside its projections is left out, and so is recomputation.
     """
     config, (batch, length, response) = model.config, rows
     trained = round(length * response)
