@@ -33,7 +33,6 @@ class BuildArguments:
     work_dir: str = HfArg(default="outputs/nano", help="Directory for what is made on the way; emptied first.")
     max_steps: int = HfArg(default=3600, help="Optimizer steps of 32 samples.")
     num_tasks: int = HfArg(default=120_000, help="Training tasks.")
-    reasoning_steps: int = HfArg(default=2200, help="More steps, with reasoning tasks four times as often; 0: none.")
     seed: int = HfArg(default=1, help="Seed of the tasks and of the training.")
 
 
@@ -41,28 +40,18 @@ def commands(args: BuildArguments) -> tuple[list[list[str]], str]:
     """Return the commands, as arguments of `python` in the repository, and the directory of the result."""
     converted, data, trained = (f"{args.work_dir}/{name}" for name in ("converted", "train.jsonl", "trained"))
     convert = f"convert_a2d.py --model_name_or_path nano/arclm-nano-base --output_dir {converted}"
-    convert += " --block_size 16 --right_shift_logits true"
+    convert += " --block_size 16 --right_shift_logits true --context_attention causal"
     world = f"nano/world.py --output_file {data} --num_tasks {args.num_tasks} --seed {args.seed}"
-    train = f"--seed {args.seed} --max_steps {args.max_steps} --learning_rate 2e-3"
-    lines = [convert, world, train_command(converted, data, trained) + train]
-    if args.reasoning_steps:
-        data, source, trained = f"{args.work_dir}/reasoning.jsonl", trained, f"{args.work_dir}/trained_on_reasoning"
-        seed, num_tasks = args.seed + 1, 32 * args.reasoning_steps
-        world = f"nano/world.py --output_file {data} --num_tasks {num_tasks} --seed {seed} --reasoning_weight 4"
-        train = f"--seed {seed} --max_steps {args.reasoning_steps} --learning_rate 1.5e-3"
-        lines += [world, train_command(source, data, trained) + train]
-    return [line.split() for line in lines], trained
-
-
-def train_command(model: str, data: str, output_dir: str) -> str:
-    """Return what both training runs share."""
-    return (
+    train = (
         "-m torch.distributed.run --nproc_per_node 2 train_bd3lm.py --use_cpu true"
-        f" --model_name_or_path {model} --train_file {data} --output_dir {output_dir} --per_device_train_batch_size 16"
-        " --gradient_accumulation_steps 1 --gradient_checkpointing false --lr_scheduler_type cosine"
-        " --warmup_steps 50 --max_grad_norm 1.0 --logging_steps 50 --report_to none"
-        " --save_strategy no --answer_steps 0 "
+        f" --model_name_or_path {converted} --train_file {data} --output_dir {trained}"
+        " --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --gradient_checkpointing false"
+        " --lr_scheduler_type cosine"
+        " --warmup_steps 50 --max_grad_norm 1.0 --noise_schedule clipped --ar_loss_weight 0.5"
+        " --logging_steps 50 --report_to none --save_strategy no --answer_steps 0"
+        f" --seed {args.seed} --max_steps {args.max_steps} --learning_rate 2e-3"
     )
+    return [line.split() for line in (convert, world, train)], trained
 
 
 def build(args: BuildArguments) -> None:
@@ -86,7 +75,7 @@ def build(args: BuildArguments) -> None:
         | {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers")},
     }
     (ROOT / trained / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for name in ("training.md", "training.png"):  # about one of the two runs; training.json tells of both
+    for name in ("training.md", "training.png"):  # training.json tells of all commands
         (ROOT / trained / name).unlink()
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     (ROOT / trained).rename(output_dir)
