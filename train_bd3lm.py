@@ -213,23 +213,25 @@ def add_lora(model: Model, rank: int) -> PeftModel:
 
 @contextmanager
 def advice_on_memory(args: TrainingArguments, max_length: int, lora_rank: int) -> Iterator[None]:
-    """Where the memory does not suffice, say the first three things that help and are not done yet."""
+    """Where the memory does not suffice, say the first three things that help, and what is done already."""
     try:
         yield
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
         batch, total = args.per_device_train_batch_size, args.train_batch_size * args.gradient_accumulation_steps
-        knobs = {
-            f"--per_device_train_batch_size 1 --gradient_accumulation_steps {total}, the same result": batch > 1,
-            "--gradient_checkpointing true, slower, the same result": not args.gradient_checkpointing,
-            "--optim adamw_torch_8bit, AdamW's state in 8 bits": "8bit" not in args.optim and not lora_rank,
-            f"--max_length {max_length // 2}, which cuts longer samples": True,
-            "--lora_rank 16, which trains an adapter alone": not lora_rank,
-        }
-        helps = [knob for knob, is_left in knobs.items() if is_left][:3]
+        knobs = [  # option, what it does, whether it is done already
+            (f"--per_device_train_batch_size 1 --gradient_accumulation_steps {total}", "the same result", batch == 1),
+            ("--gradient_checkpointing true", "slower, the same result", args.gradient_checkpointing),
+            ("--optim adamw_torch_8bit", "AdamW's state in 8 bits", lora_rank or "8bit" in args.optim),
+            (f"--max_length {max_length // 2}", "which cuts longer samples", False),
+            ("--lora_rank 16", "which trains an adapter alone", lora_rank),
+        ]
+        helps = [f"{option}, {effect}" for option, effect, is_done in knobs if not is_done][:3]
+        done = [option for option, _, is_done in knobs[:2] if is_done]
         raise TrainingError(
             f"Out of memory at {batch} x {max_length} tokens. What helps, in this order: {'; '.join(helps)}."
+            + (f" Done already: {', '.join(done)}." if done else "")
         ) from error
 
 

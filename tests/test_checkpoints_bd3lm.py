@@ -166,19 +166,18 @@ OPTIMIZER, LORA = "--optim adamw_torch_8bit, .*", "--lora_rank 16, .*"
 
 
 @pytest.mark.parametrize(
-    ("options", "helps"),
+    ("options", "helps", "done"),
     [
-        ("--per_device_train_batch_size 2 --gradient_checkpointing false", (BATCH, CHECKPOINTING, OPTIMIZER)),
-        ("--per_device_train_batch_size 2 --optim adamw_torch_8bit", (BATCH, LENGTH, LORA)),
-        ("", (OPTIMIZER, LENGTH, LORA)),
-        ("--lora_rank 2", (LENGTH,)),
+        ("--per_device_train_batch_size 2 --gradient_checkpointing false", (BATCH, CHECKPOINTING, OPTIMIZER), "$"),
+        ("--per_device_train_batch_size 2 --optim adamw_torch_8bit", (BATCH, LENGTH, LORA), " .* true"),
+        ("", (OPTIMIZER, LENGTH, LORA), " Done already: --per_device_train_batch_size 1 .*, --gradient_checkpointing"),
+        ("--lora_rank 2", (LENGTH,), " Done already: --per_device_train_batch_size 1"),
     ],
 )
-def test_out_of_memory_names_what_helps_in_order(config, options, helps):
+def test_out_of_memory_names_what_helps_in_order(options, helps, done):
     data_args, args = bd3lm.parse_args(["--gradient_accumulation_steps", "4", *options.split()])
-    message = (
-        rf"Out of memory at {args.train_batch_size} x 64 tokens\. What helps, in this order: {'; '.join(helps)}\."
-    )
+    message = rf"Out of memory at {args.train_batch_size} x 64 tokens\. What helps, in this order: "
+    message += rf"{'; '.join(helps)}\.{done}"
     with pytest.raises(TrainingError, match=message), bd3lm.advice_on_memory(args, 64, data_args.lora_rank):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(RuntimeError, match="another error"), bd3lm.advice_on_memory(args, 64, 0):
