@@ -48,7 +48,8 @@ def test_two_processes_have_the_gradients_of_one(argv, tmp_path):
         "--max_steps 1 --optim sgd --learning_rate 1 --lr_scheduler_type constant --warmup_steps 0 --max_grad_norm 0"
     )
     one, two = tmp_path / "one", tmp_path / "two"
-    step += f" --eval_file {argv[argv.index('--train_file') + 1]}"  # 8 rows, by default in batches of 8
+    # 8 rows to evaluate on: the third batch of 3 would be filled with rows that count already
+    step += f" --eval_file {argv[argv.index('--train_file') + 1]} --per_device_eval_batch_size 3"
     bd3lm.main([*argv, "4", *step.split(), "--output_dir", str(one)])
     launch = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), TRAIN]
     run([*launch, *argv, "2", *step.split(), "--output_dir", str(two)], tmp_path)
