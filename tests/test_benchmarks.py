@@ -180,8 +180,12 @@ def test_the_operations_of_a_training_step_by_hand():
     head, pair = SHAPE["vocab_size"] * SHAPE["hidden_size"], 2 * SHAPE["num_attention_heads"] * SHAPE["head_dim"]
     # 40 clean tokens, 10 noisy ones of which 5 are masked; those at 30 to 39 meet the keys before them once more
     pairs = sum(range(40)) + 20 + sum(range(30, 40)) + 5
-    expected = 6 * 3 * (weights * 50 + head * 5 + pair * pairs)
-    assert train_speed.model_flops(model, (3, 40, 0.25)) == pytest.approx(expected)
+    needed = weights * 50 + head * 5 + pair * pairs
+    # without shifted logits nothing asks for what the last MLP makes of the clean tokens
+    mlp = sum(weight.numel() for weight in model.model.layers[-1].mlp.parameters())
+    for shift, operations in ((False, needed - mlp * 40), (True, needed)):
+        model.config.right_shift_logits = shift
+        assert train_speed.model_flops(model, (3, 40, 0.25)) == pytest.approx(6 * 3 * operations)
 
 
 def test_the_card_run_in_small_is_weighed(tmp_path, monkeypatch):
