@@ -43,23 +43,6 @@ class ArcLMCache:
         """Committed tokens of the longest row."""
         return 0 if self.lengths is None else int(self.lengths.max())
 
-    def check(self, batch_size: int, config, block_size: int) -> None:
-        """Raise ValueError unless it fits a model of this `config`, `batch_size` rows and blocks of `block_size`."""
-        if len(self.keys) != config.num_hidden_layers:
-            raise ValueError(
-                f"past_key_values has {len(self.keys)} layers, this model {config.num_hidden_layers}. "
-                "A cache can only be used by the model that made it."
-            )
-        if self.lengths is not None and len(self.lengths) != batch_size:
-            raise ValueError(
-                f"past_key_values holds {len(self.lengths)} rows, the input {batch_size}. Use one row per cached row."
-            )
-        if config.context_attention == "block_causal" and self.block_size not in (None, block_size):
-            raise ValueError(
-                f"past_key_values was made with block_size={self.block_size}, and this call has {block_size}. A token "
-                "attends to the rest of its block, so the cache depends on it: use the same, or no cache."
-            )
-
     def row_token_ids(self, row: int) -> torch.Tensor:
         """The committed tokens of a row, [n]."""
         return self.token_ids[row] if self.token_mask is None else self.token_ids[row][self.token_mask[row]]
@@ -88,12 +71,26 @@ class ArcLMCache:
         self.block_size = block_size
 
 
-def check_kind(cache: Any) -> None:
-    """Raise ValueError unless `cache`, passed as `past_key_values`, is one of this file."""
+def check_context(cache: Any, batch_size: int, config, block_size: int) -> None:
+    """Raise ValueError unless what was passed as `past_key_values` fits a model of `config`, these rows and blocks."""
     # remote code may define the class twice, so ask what it has and not what it is
     if not hasattr(cache, "token_ids"):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}. Pass one that `generate` or the model returned."
+        )
+    if len(cache.keys) != config.num_hidden_layers:
+        raise ValueError(
+            f"past_key_values has {len(cache.keys)} layers, this model {config.num_hidden_layers}. "
+            "A cache can only be used by the model that made it."
+        )
+    if cache.lengths is not None and len(cache.lengths) != batch_size:
+        raise ValueError(
+            f"past_key_values holds {len(cache.lengths)} rows, the input {batch_size}. Use one row per cached row."
+        )
+    if config.context_attention == "block_causal" and cache.block_size not in (None, block_size):
+        raise ValueError(
+            f"past_key_values was made with block_size={cache.block_size}, and this call has {block_size}. A token "
+            "attends to the rest of its block, so the cache depends on it: use the same, or no cache."
         )
 
 

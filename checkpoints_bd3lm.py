@@ -71,7 +71,7 @@ def is_whole(folder: Path) -> bool:
     return state.is_file() and state.stat().st_size > 0
 
 
-def choose_checkpoint(args: TrainingArguments, config: Config, lora_rank: int = 0) -> str | None:
+def choose_checkpoint(args: TrainingArguments, config: Config, lora_rank: int) -> str | None:
     """Return the checkpoint to go on from, or None to start.
 
     Raises:

@@ -129,8 +129,13 @@ def open_source(source: Source) -> list[Dataset]:
 
 
 def read_source(source: Source) -> Rows:
-    """Open a dataset and check its columns."""
-    (name, split, limit, _), parts = source, open_source(source)
+    """Open a dataset of chats."""
+    return to_rows(source, open_source(source))
+
+
+def to_rows(source: Source, parts: list[Dataset]) -> Rows:
+    """Check the columns of what `open_source` returned, and cut it to its limit."""
+    name, split, limit, _ = source
     for part in parts:
         if not find_format(part.column_names):
             raise unknown_columns(name, part.column_names)

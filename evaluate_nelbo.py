@@ -35,6 +35,7 @@ from arclm.data_bd3lm import (
     open_source,
     print_table,
     read_rows,
+    to_rows,
 )
 from arclm.noise_bd3lm import T_MIN, draw_uniforms, sample_t
 
@@ -72,6 +73,16 @@ def pad_to_blocks(batch: dict[str, Tensor], block_size: int, device: torch.devic
     return tuple(F.pad(batch[key], fill, value=value).to(device) for key, value in values.items())
 
 
+def check_knobs(num_draws: int, batch_size: int, seed: int, block_size: int, trained_block_size: int) -> None:
+    """Raise an InputError that says which knob of `evaluate_nelbo` is out of range."""
+    if num_draws < 2:
+        raise InputError(f"num_draws={num_draws} gives no standard error. Give 2 or more.")
+    if batch_size < 1 or seed < 0:
+        raise InputError(f"batch_size={batch_size} must be at least 1, and seed={seed} at least 0.")
+    if not 1 <= block_size <= trained_block_size:
+        raise InputError(f"block_size={block_size} is outside [1, {trained_block_size}], up to the trained size.")
+
+
 @torch.inference_mode()
 def evaluate_nelbo(
     model: Model,
@@ -96,13 +107,8 @@ def evaluate_nelbo(
         nelbo in nats per token; standard_error of it over draws of masks, not over texts; perplexity, exp(nelbo);
         bits_per_token; tokens, how many were predicted; block_size, num_draws, seed.
     """
-    if num_draws < 2:
-        raise InputError(f"num_draws={num_draws} gives no standard error. Give 2 or more.")
-    if batch_size < 1 or seed < 0:
-        raise InputError(f"batch_size={batch_size} must be at least 1, and seed={seed} at least 0.")
     block_size = model.config.block_size if block_size is None else block_size
-    if not 1 <= block_size <= model.config.block_size:
-        raise InputError(f"block_size={block_size} is outside [1, {model.config.block_size}], up to the trained size.")
+    check_knobs(num_draws, batch_size, seed, block_size, model.config.block_size)
     tokens = sum(label != IGNORE for sample in samples for label in sample["labels"])
     if not tokens:
         raise InputError("There is no token to predict: every label is -100, or every text has fewer than 2 tokens.")
@@ -123,14 +129,17 @@ def evaluate_nelbo(
                 block_size=block_size,
             ).loss
             totals[draw] += loss.item()
-    nelbo, deviation = (totals / tokens).mean().item(), (totals / tokens).std().item()
+    draws = totals / tokens
+    nelbo = draws.mean().item()
     return {
         "nelbo": nelbo,
-        "standard_error": deviation / math.sqrt(num_draws),
+        "standard_error": draws.std().item() / math.sqrt(num_draws),
         "perplexity": math.exp(nelbo),
         "bits_per_token": nelbo / math.log(2),
         "tokens": tokens,
-        **{"block_size": block_size, "num_draws": num_draws, "seed": seed},
+        "block_size": block_size,
+        "num_draws": num_draws,
+        "seed": seed,
     }
 
 
@@ -171,15 +180,17 @@ def read_samples(args: EvaluateArguments, tokenizer: Tokenizer, config: Any) -> 
         except UnicodeDecodeError as error:
             raise InputError(f"{args.file} is not text in UTF-8: {error}. Convert it first.") from error
         return text_samples([text], tokenizer, args.max_length)
-    source = ()
-    if args.dataset_name is not None:
-        source = (args.dataset_name, args.dataset_split, args.dataset_config)
-        (rows,) = open_source(Source(args.dataset_name, args.dataset_split, configs=(args.dataset_config,)))
+    if args.dataset_name is None:
+        sets = read_rows(args.file)
+    else:
+        source = Source(args.dataset_name, args.dataset_split, configs=(args.dataset_config,))
+        (rows,) = open_source(source)
         if "text" in rows.column_names:
             return text_samples([text for text in rows["text"][:] if text.strip()], tokenizer, args.max_length)
+        sets = [to_rows(source, [rows])]
     config = deepcopy(config)
     config.block_size = args.block_size or config.block_size
-    samples, counts = load_samples(read_rows(args.file, *source), tokenizer, config, max_length=args.max_length)
+    samples, counts = load_samples(sets, tokenizer, config, max_length=args.max_length)
     print_table(counts, stderr=True)  # what was cut or dropped; the result alone goes to stdout
     return list(samples)
 

@@ -120,7 +120,7 @@ class ShowAnswers(TrainerCallback):
         if state.global_step % self.steps:
             return
         was_training = model.training
-        model.eval()  # checkpointing of activations does not go with a cache
+        model.eval()  # no dropout; and CUDA graphs are not for models in training
         for prompt in self.prompts:
             ids = torch.tensor([prompt], device=args.device)
             # greedy, so the random numbers of the run stay as they are; in every process, which sharded weights need
@@ -162,14 +162,14 @@ def draw_curves(history: list[dict[str, Any]], loss_name: str, file: Path) -> No
     figure.savefig(file)
 
 
-def write_card(trainer: Trainer, loss_name: str, counts: list[dict[str, Any]], command: str) -> None:
+def write_card(trainer: Trainer, counts: list[dict[str, Any]], command: str) -> None:
     """Write `training.md`, a fragment for a model card, and `training.png` into the directory of the run."""
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
-    draw_curves(history, loss_name, folder / "training.png")
+    draw_curves(history, trainer.loss_name, folder / "training.png")
     losses = [entry for entry in history if "loss" in entry or "eval_loss" in entry]
     shown = losses[:: max(1, len(losses) // 10)] + losses[-1:]
     results = [
-        {"step": entry["step"], loss_name: entry.get("loss", ""), "held out": entry.get("eval_loss", "")}
+        {"step": entry["step"], trainer.loss_name: entry.get("loss", ""), "held out": entry.get("eval_loss", "")}
         for entry in {id(entry): entry for entry in shown}.values()
     ]
     speed = [entry["train_tokens_per_second"] for entry in history if "train_tokens_per_second" in entry]

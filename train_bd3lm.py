@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_state()
     save_result(trainer, data_args.model_name_or_path)
     if trainer.is_world_process_zero():
-        write_card(trainer, trainer.loss_name, counts, shown_command(argv))
+        write_card(trainer, counts, shown_command(argv))
         if args.push_to_hub:
             push(trainer)
 

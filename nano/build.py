@@ -46,8 +46,8 @@ def commands(args: BuildArguments) -> tuple[list[list[str]], str]:
         "-m torch.distributed.run --nproc_per_node 2 train_bd3lm.py --use_cpu true"
         f" --model_name_or_path {converted} --train_file {data} --output_dir {trained}"
         " --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --gradient_checkpointing false"
-        " --lr_scheduler_type cosine"
-        " --warmup_steps 50 --max_grad_norm 1.0 --noise_schedule clipped --ar_loss_weight 0.5"
+        " --lr_scheduler_type cosine --warmup_steps 50 --max_grad_norm 1.0"
+        " --noise_schedule clipped --ar_loss_weight 0.5"
         " --logging_steps 50 --report_to none --save_strategy no --answer_steps 0"
         f" --seed {args.seed} --max_steps {args.max_steps} --learning_rate 2e-3"
     )

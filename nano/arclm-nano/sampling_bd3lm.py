@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor, TemperatureLogitsWarper
 
-from .cache_arclm import check_kind
+from .cache_arclm import check_context
 
 
 # Knobs of block diffusion that transformers' GenerationConfig does not know, with their defaults.
@@ -220,8 +220,7 @@ def check_cache(cache, ids: torch.Tensor, starts: torch.Tensor, config, block_si
         config: of the model.
         block_size: tokens per block of this run.
     """
-    check_kind(cache)
-    cache.check(len(ids), config, block_size)
+    check_context(cache, len(ids), config, block_size)
     if cache.lengths is None:
         return torch.zeros_like(starts)
     if (cache.lengths > starts).any():

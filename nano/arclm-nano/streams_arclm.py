@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .attention_arclm import AttentionPart
-from .cache_arclm import ArcLMCache, check_kind
+from .cache_arclm import ArcLMCache, check_context
 
 
 # Queries that attend at once, in longer passes: more of them look at keys in vain, fewer take more calls.
@@ -339,8 +339,7 @@ def check_inputs(
         return
     if use_cache is False and input_ids is not None and noisy_input_ids is not None:
         raise ValueError("Two streams over a cache commit input_ids: leave use_cache=False out.")
-    check_kind(cache)
-    cache.check(ids.shape[0], config, block_size)
+    check_context(cache, len(ids), config, block_size)
     whole_blocks = input_ids is None or config.context_attention == "block_causal"
     if whole_blocks and cache.lengths is not None and (cache.lengths % block_size).any():
         raise ValueError(
