@@ -7,7 +7,7 @@
 #   make nano-code copy the code files beside the weights of arcLM-nano, after a change to one of them
 #   make gpu       GPU tests and benchmarks, or one sentence where there is no GPU
 #
-# PYTEST_ARGS goes to pytest: make test PYTEST_ARGS="-k mask -x"
+# PYTEST_ARGS goes to pytest: make test PYTEST_ARGS="-k mask -x"; in two processes unless it says -n
 # VENV= takes $(PYTHON) as it is and installs nothing: make gpu VENV= PYTHON=python3
 # make gpu runs GPU_SCRIPTS one after the other and writes to OUT; DLLM is a checkout of dLLM to compare with:
 #   make gpu GPU_SCRIPTS="gpu_tests generate_speed" OUT=outputs DLLM=../dllm
@@ -39,7 +39,7 @@ demo: $(READY)
 
 test: export HF_HUB_OFFLINE = 1
 test: $(READY)
-	$(RUN) -m pytest -q $(PYTEST_ARGS)
+	$(RUN) -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
 
 check: lint test
 
