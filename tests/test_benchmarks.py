@@ -19,6 +19,7 @@ from arclm import graphs_arclm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import common
 import generate_speed
+import loss_memory
 import optimizers
 import scaling
 import train_memory
@@ -197,6 +198,17 @@ def test_the_card_run_in_small_is_weighed(tmp_path, monkeypatch):
     assert row["tokens_per_s"] > 1
     assert len(row["loss"]) == 2
     assert all(3 < loss < 20 for loss in row["loss"])
+
+
+@pytest.mark.parametrize("dtype", loss_memory.DTYPES.values())
+def test_both_losses_are_the_same_and_weighed(dtype, monkeypatch):
+    for name, value in {"TARGETS": 32, "HIDDEN": 16, "VOCABULARY": 500}.items():
+        monkeypatch.setattr(loss_memory, name, value)
+    rows = {name: loss_memory.measure(name, dtype)["loss"] for name in loss_memory.LOSSES}
+    assert rows["plain"] == pytest.approx(rows["linear_cross_entropy"], rel=2 * torch.finfo(dtype).eps)
+    sizes = {"plain": 45, "linear_cross_entropy": 10}
+    rows = {name: {"peak_mb": peak, "gradient_mb": 5} for name, peak in sizes.items()}
+    assert (loss_memory.ratio(rows), loss_memory.ratio(rows, "gradient_mb")) == (4.5, 8)
 
 
 @pytest.mark.parametrize("name", [name for name, row in optimizers.ROWS.items() if row.package == "torch"])
