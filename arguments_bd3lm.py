@@ -104,7 +104,9 @@ def parse_args(argv: list[str] | None, description: str | None = None) -> tuple[
         )
     if namespace.include_num_input_tokens_seen:
         namespace.include_num_input_tokens_seen = "non_padding"  # the command line takes true and false only
-    if not has_bf16 and not namespace.fp16:
+    if namespace.fp16:
+        raise InputError("--fp16: float16 is too narrow for the states of this model. Leave it out.")
+    if not has_bf16:
         namespace.bf16 = False
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # a configuration of `accelerate launch` may ask for bf16
         logger.warning("There is no GPU with bfloat16: training in float32.")

@@ -144,6 +144,7 @@ class Chat:
         if name not in self.config.to_dict():
             self.console.print(f"{name} is no knob of generate. /knobs lists them.", style="red")
             return
+        value = {"True": "true", "False": "false", "None": "null"}.get(value, value)  # as /knobs spells them
         try:
             setattr(self.config, name, json.loads(value))
         except ValueError:  # a name such as low_confidence_dynamic
@@ -186,11 +187,12 @@ def main() -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=True)
         model = AutoModel.from_pretrained(args.model_name_or_path, trust_remote_code=True, dtype="auto")
-    except (ValueError, OSError) as error:
+        model = model.to(args.device)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two: no such device
         sys.exit(f"chat_arclm.py: {error}")
     if model.config.model_type != "arclm":
         sys.exit(f"chat_arclm.py: {args.model_name_or_path} is not an arcLM model. convert_a2d.py makes one.")
-    chat = Chat(model.to(args.device), tokenizer, console, args.think)
+    chat = Chat(model, tokenizer, console, args.think)
     console.print("/help lists the commands.", style="dim")
     while True:
         try:

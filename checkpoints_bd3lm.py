@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
@@ -143,16 +143,17 @@ class StopBeforeNaN(TrainerCallback):
         pairs = zip(trainer.step_rows, trainer.step_losses, strict=True)
         rows = [row for rows, loss in pairs if not loss.isfinite() for row in rows]
         where = f"the loss of rows {rows} of the training samples" if rows else "the gradient, not the loss,"
-        saved = "Nothing was trained yet."
+        advice = "Nothing was trained yet: look at these rows, and at the weights that the run began from."
         if state.global_step:
             folder = trainer.checkpoint_dir()
             if folder not in find_checkpoints(args.output_dir):
                 trainer._save_checkpoint(trainer.model_wrapped, None)
-            saved = f"{folder} has the weights before it: go on from there with --resume_from_checkpoint."
-        raise TrainingError(
-            f"In optimizer step {state.global_step + 1} {where} is not finite. {saved} A lower --learning_rate (now "
-            f"{args.learning_rate:g}) or --max_grad_norm (now {args.max_grad_norm:g}) helps most often."
-        )
+            new = "the run anew" if isinstance(trainer.model, PeftModel) else f"with --model_name_or_path {folder}"
+            advice = (
+                f"{folder} has the weights before it, but to resume is to repeat the step. Begin {new}, another "
+                f"--output_dir and a lower --learning_rate (now {args.learning_rate:g})."
+            )
+        raise TrainingError(f"In optimizer step {state.global_step + 1} {where} is not finite. {advice}")
 
 
 class LogBeforeSave(TrainerCallback):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, errors, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -432,7 +432,7 @@ def upload(out: Path, repo_id: str) -> None:
     try:
         HfApi().create_repo(repo_id, exist_ok=True)
         HfApi().upload_folder(repo_id=repo_id, folder_path=out)
-    except OSError as error:
+    except (OSError, errors.HTTPError) as error:
         advice = f"Log in with `hf auth login`, then run `hf upload {repo_id} {out}`."
         raise OSError(f"{out} is complete, but its upload to {repo_id} failed ({error}). {advice}") from None
 

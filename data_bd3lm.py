@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
@@ -37,6 +37,12 @@ from arclm.chats_bd3lm import (
 
 
 IGNORE = -100
+# What `make_samples` returns: said, because a first batch of dropped rows alone does not tell the type of its lists.
+RECORD = Features(
+    {"input_ids": List(Value("int64")), "labels": List(Value("int64"))}
+    | {name: Value("int64") for name in ("length", "response_tokens")}
+    | {"outcome": Value("string")}
+)
 
 
 class InputError(ValueError):
@@ -121,7 +127,7 @@ def open_source(source: Source) -> list[Dataset]:
             f"The dataset {name} cannot be reached ({error}). Connect to the Hub, or start in a directory with a "
             f"copy: hf download {name} --repo-type dataset --local-dir {name}"
         ) from error
-    except (ValueError, DatasetsError) as error:
+    except (ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a dataset that is a script
         reason = error.__cause__ or error
         if "Config name is missing" in str(error):
             reason = f"{str(error).splitlines()[1]}, by --dataset_config."  # the lines are about Python
@@ -256,7 +262,7 @@ def tokenize(data: Rows, tokenizer: Tokenizer, config: Config, max_length: int) 
     cache = Path(datasets.config.HF_DATASETS_CACHE, "arclm", f"{fingerprint}.arrow")
     cache.parent.mkdir(parents=True, exist_ok=True)
     files = {"new_fingerprint": fingerprint, "cache_file_name": str(cache), "remove_columns": rows.column_names}
-    records = rows.map(make_samples, batched=True, fn_kwargs=options, desc=name, **files)
+    records = rows.map(make_samples, batched=True, fn_kwargs=options, desc=name, features=RECORD, **files)
     outcomes = records["outcome"][:] if len(rows) else []
     kept = [i for i, outcome in enumerate(outcomes) if outcome in ("whole", "truncated")]
     reasons = Counter(outcomes)

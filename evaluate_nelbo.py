@@ -25,6 +25,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.hf_argparser import HfArg
 
+from arclm.chats_bd3lm import find_format
 from arclm.checkpoints_bd3lm import load_model
 from arclm.data_bd3lm import (
     IGNORE,
@@ -185,8 +186,9 @@ def read_samples(args: EvaluateArguments, tokenizer: Tokenizer, config: Any) -> 
     else:
         source = Source(args.dataset_name, args.dataset_split, configs=(args.dataset_config,))
         (rows,) = open_source(source)
-        if "text" in rows.column_names:
-            return text_samples([text for text in rows["text"][:] if text.strip()], tokenizer, args.max_length)
+        if "text" in rows.column_names and not find_format(rows.column_names):
+            texts = [text for text in rows["text"][:] if text and text.strip()]
+            return text_samples(texts, tokenizer, args.max_length)
         sets = [to_rows(source, [rows])]
     config = deepcopy(config)
     config.block_size = args.block_size or config.block_size

@@ -13,12 +13,8 @@ from transformers.generation import (
     EosTokenCriteria,
     LogitsProcessorList,
     MaxLengthCriteria,
-    MinPLogitsWarper,
+    MaxTimeCriteria,
     StoppingCriteriaList,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.utils import ModelOutput
 
@@ -27,25 +23,19 @@ from .kernels_arclm import sample_rows, use_sample_rows
 from .sampling_bd3lm import (
     DEFAULT_MAX_NEW_TOKENS,
     KNOBS,
+    WITHOUT_HISTORY,
     accept_tokens,
     check_attention_mask,
     check_cache,
     check_knobs,
     check_logits,
+    check_modes,
     check_prompt,
     draw,
     fast_processors,
 )
 
 
-# What these do to the scores of a position depends on nothing before it.
-WITHOUT_HISTORY = (
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 # Prompt tokens per prefill pass: bounds its memory, whatever the length of the prompt.
 PREFILL_TOKENS = 2048
 
@@ -107,7 +97,8 @@ class BD3LMGenerationMixin:
             streamer: receives the prompt, then the new tokens of each block [n], and with `put_draft` [n] after each
                 denoising step, mask tokens among them. One row only.
             logits_processor: applied to the scores of masked positions, after those of the generation config.
-            stopping_criteria: asked after every new token in order; a row ends with the first one they stop at.
+            stopping_criteria: asked after every new token in order; a row ends with the first one they stop at, or by
+                `max_time` with its block.
             past_key_values: the cache of an earlier call whose tokens begin this prompt.
             tokenizer: needed for `stop_strings`.
             kwargs: any field of the generation config, and
@@ -178,13 +169,10 @@ class BD3LMGenerationMixin:
                 f"Choose among the fields of GenerationConfig and {', '.join(KNOBS)}."
             )
         config.max_new_tokens = new
-        for mode in ("num_beams", "guidance_scale"):
-            if getattr(config, mode, None) not in (None, 1):
-                raise ValueError(f"{mode}={getattr(config, mode)} does not go with block diffusion. Leave it out.")
-        knobs = {name: ours.get(name, getattr(config, name, None)) for name in KNOBS}
-        knobs = {name: KNOBS[name] if value is None else value for name, value in knobs.items()}
-        if knobs["block_size"] is None:
-            knobs["block_size"] = self.config.block_size
+        check_modes(config)
+        given = {name: ours.get(name, getattr(config, name, None)) for name in KNOBS}
+        given = {name: value for name, value in given.items() if value is not None}
+        knobs = KNOBS | {"block_size": self.config.block_size} | given
         check_knobs(knobs, self.config.block_size)
         if self.config.mask_token_id is None:
             raise ValueError("mask_token_id is missing from config.json. convert_a2d.py chooses one and writes it.")
@@ -221,6 +209,7 @@ class _Run:
             raise ValueError(
                 f"max_length={config.max_length} leaves no room after a prompt of {prompt} tokens. Use max_new_tokens."
             )
+        config.max_length = prompt + new  # where some processors look
         # 1. Align the prompts left
         self.order = self.is_token.int().argsort(dim=1, descending=True, stable=True)
         self.prompt_lengths = self.is_token.sum(1)
@@ -259,8 +248,9 @@ class _Run:
             stopping_criteria=StoppingCriteriaList() if stopping_criteria is None else stopping_criteria,
             tokenizer=tokenizer,
         )
-        own = (MaxLengthCriteria, EosTokenCriteria)
+        own = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)
         self.criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, own))
+        self.clocks = [c for c in criteria if isinstance(c, MaxTimeCriteria)]
         if self.criteria and len(self.ids) > 1 and self.config._pad_token_tensor is None:
             raise ValueError("Rows that stop at different lengths need padding, and pad_token_id is not set. Pass it.")
 
@@ -279,10 +269,9 @@ class _Run:
         cached = torch.zeros_like(self.starts)
         if self.cache is not None:
             cached = check_cache(self.cache, self.ids, self.starts, self.model.config, self.block_size)
-        piece = max(PREFILL_TOKENS // self.block_size, 1) * self.block_size
-        for offset in range(0, int((self.starts - cached).max()), piece):
-            columns = cached[:, None] + torch.arange(offset, offset + piece, device=self.ids.device)
-            columns = columns[:, : int((self.starts - cached).max()) - offset]
+        piece, longest = max(PREFILL_TOKENS // self.block_size, 1) * self.block_size, int((self.starts - cached).max())
+        for offset in range(0, longest, piece):
+            columns = cached[:, None] + torch.arange(offset, min(offset + piece, longest), device=self.ids.device)
             inside = columns < self.starts[:, None]
             ids = self.ids.gather(1, columns.clamp(max=self.ids.shape[1] - 1))
             self.forward(input_ids=ids, attention_mask=inside.long(), use_cache=True, logits_to_keep=1)
@@ -381,12 +370,15 @@ class _Run:
         writable = (columns < self.ids.shape[1]) & ~self.finished[:, None]
         rows = torch.arange(len(block), device=block.device)[:, None].expand_as(columns)
         self.ids[rows[writable], columns[writable]] = block[writable]
-        before = self.finished.clone()
-        is_end = self._is_end(block, block == self.mask_token_id) & ~before[:, None]
+        is_end = self._is_end(block, block == self.mask_token_id) & ~self.finished[:, None]
         first = columns.masked_fill(~is_end, torch.iinfo(columns.dtype).max).min(1).values
         self.ends = torch.where(is_end.any(1), first + 1, self.ends)
-        self.finished |= is_end.any(1)
-        self.finished |= self.starts + self.block_size >= self.limits
+        settled = self.starts + self.block_size
+        before, self.finished = self.finished, self.finished | is_end.any(1) | (settled >= self.limits)
+        if any(clock(self.ids, None).any() for clock in self.clocks):
+            has_answer = settled > self.prompt_lengths
+            self.ends = torch.where(has_answer, torch.minimum(self.ends, settled), self.ends)
+            self.finished |= has_answer
         if self.criteria:
             self._ask_criteria()
         return self.new_tokens(block) if not before[0] else block[0][:0]

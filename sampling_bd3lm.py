@@ -5,7 +5,14 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor, TemperatureLogitsWarper
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from .cache_arclm import check_context
 
@@ -30,6 +37,16 @@ KINDS = {
 }
 REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entropy_bound", "sequential", "random")
 DEFAULT_MAX_NEW_TOKENS = 256
+# What these do to the scores of a position depends on nothing before it.
+WITHOUT_HISTORY = (
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+# Modes of transformers' `generate` that this one has not.
+OTHER_MODES = ("num_beams", "guidance_scale", "output_scores", "output_logits", "prompt_lookup_num_tokens", "use_mtp")
 
 
 def static_schedule(tokens: int, steps: int) -> list[int]:
@@ -75,11 +92,11 @@ def accept_tokens(
         position of the block has been accepted.
     """
     strategy, steps = knobs["remasking_strategy"], knobs["max_denoising_steps"]
-    order = {  # the smallest is accepted first
-        "sequential": torch.arange(confidence.shape[1], device=confidence.device).expand_as(confidence).float(),
-        "random": torch.rand_like(confidence),
-        "entropy_bound": entropy,
-    }.get(strategy, -confidence)
+    order = entropy if strategy == "entropy_bound" else -confidence  # the smallest is accepted first
+    if strategy == "random":
+        order = torch.rand_like(confidence)
+    elif strategy == "sequential":
+        order = torch.arange(confidence.shape[1], device=confidence.device).expand_as(confidence).float()
     order = order.masked_fill(~is_masked, torch.inf).argsort(dim=1, stable=True)
     rank = order.argsort(1)
     if strategy in ("low_confidence_dynamic", "entropy_bound"):
@@ -148,6 +165,14 @@ def plain_sampling(processors: list, generation_config, config, device: torch.de
         else:
             is_suppressed |= processor.is_suppressed
     return {"is_suppressed": is_suppressed, "temperature": temperature if generation_config.do_sample else None}
+
+
+def check_modes(generation_config) -> None:
+    """Raise a ValueError where a mode of transformers' `generate` is on that this one has not."""
+    for mode in OTHER_MODES:
+        value = getattr(generation_config, mode, None)
+        if value is True or value not in (None, False, 1):
+            raise ValueError(f"{mode}={value} does not go with block diffusion. Leave it out.")
 
 
 def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:

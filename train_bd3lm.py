@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, errors
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -240,10 +240,8 @@ def make_trainer(**options) -> BD3LMTrainer:
     try:
         Trainer.get_optimizer_cls_and_kwargs(options["args"], options["model"])  # asked for later, after the data
         return BD3LMTrainer(**options)
-    except (ValueError, ImportError) as error:
-        raise InputError(str(error)) from error
-    except RuntimeError as error:  # wandb and others
-        if "to be installed" not in str(error):
+    except (ValueError, ImportError, errors.HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # of wandb and others
             raise
         raise InputError(str(error)) from error
 
@@ -254,7 +252,8 @@ def save_result(trainer: BD3LMTrainer, name: str) -> None:
     if not trainer.args.should_save:
         return
     folder = Path(trainer.args.output_dir)
-    with saving(folder, "The last checkpoint in it has the weights too."):
+    advice = "The last checkpoint in it has the weights." if find_checkpoints(folder) else "No file has the weights."
+    with saving(folder, advice):
         if isinstance(trainer.model, PeftModel):
             trainer.model.save_pretrained(folder, state_dict=state_dict)
         else:
@@ -273,7 +272,7 @@ def push(trainer: BD3LMTrainer) -> None:
     options |= {"commit_message": "End of training", "revision": args.hub_revision}
     try:
         HfApi().upload_folder(repo_id=repo, folder_path=args.output_dir, **options)
-    except OSError as error:
+    except (OSError, errors.HTTPError) as error:
         advice = f"Log in with `hf auth login`, then run `hf upload {repo} {args.output_dir}`."
         raise TrainingError(f"{args.output_dir} is complete, but its upload failed ({error}). {advice}") from error
 

@@ -141,7 +141,9 @@ def main() -> None:
     args = HfArgumentParser(VisualizeArguments).parse_args_into_dataclasses()[0]
     path = Path(args.output_file)
     if path.suffix not in (".png", ".gif"):
-        sys.exit(f"visualize.py: {path} ends in neither .png nor .gif. Give it one of these endings.")
+        raise ValueError(f"{path} ends in neither .png nor .gif. Give it one of these endings.")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is no directory. Make it, or choose another --output_file.")
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=True)
     model = AutoModel.from_pretrained(args.model_name_or_path, trust_remote_code=True, dtype=torch.float32)
     inputs = tokenizer.apply_chat_template(
@@ -157,4 +159,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"visualize.py: {error}")

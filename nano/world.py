@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 
 SPLITS = ("train", "test")
@@ -436,6 +437,7 @@ def main() -> None:
     from transformers import HfArgumentParser  # a slow import that the world itself does not need
 
     args = HfArgumentParser(WorldArguments).parse_args_into_dataclasses()[0]
+    Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     with open(args.output_file, "w", encoding="utf-8") as file:
         for task in islice(generate_tasks(args.split, args.seed, args.reasoning_weight), args.num_tasks):
             file.write(json.dumps(to_row(task)) + "\n")

@@ -48,7 +48,7 @@ class Terminal:
 def terminal():
     terminal = Terminal()
     terminal.wait_for("/help lists the commands")
-    terminal.type("/set do_sample false\r")
+    terminal.type("/set do_sample False\r")  # as /knobs spells it
     yield terminal
     os.close(terminal.fd)
 

@@ -358,7 +358,7 @@ def test_a_source_that_is_nowhere(name, tmp_path, monkeypatch):
     refused(Path(name), name + message, error=FileNotFoundError)
 
 
-@pytest.mark.parametrize("error", [None, OSError("401")])
+@pytest.mark.parametrize("error", [None, OSError("401"), module.errors.HTTPError("401")])  # the last: no network
 def test_push_to_hub_uploads_the_finished_directory_and_keeps_it(error, src, tmp_path, monkeypatch):
     hub, out = Mock(), tmp_path / "out"
     hub.create_repo.side_effect = error

@@ -247,6 +247,12 @@ def test_malformed_rows_are_counted_and_never_fatal(nano_tokenizer, config, tmp_
     assert samples["row"][:] == [0, 1]
 
 
+def test_a_first_batch_of_dropped_rows_does_not_decide_the_columns(nano_tokenizer, config, tmp_path):
+    file = write_lines(tmp_path / "train.jsonl", [*[chat("Hi.", "")] * 1000, chat("Hi.", "Hello.")])
+    samples, (counts,) = load_samples(read_rows(file), nano_tokenizer, config, max_length=64)
+    assert (counts["samples"], counts["dropped"], len(samples)) == (1, 1000, 1)
+
+
 def test_keys_that_arrow_filled_with_none_do_not_reach_the_template(nano_tokenizer, config, tmp_path):
     call = {"function": {"name": "get_time", "arguments": {"city": "Rome"}}}
     other = {"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
@@ -359,6 +365,10 @@ def test_a_dataset_that_cannot_be_read_is_named_with_the_way_out(tmp_path, monke
     make_dataset(tmp_path / "broken", {"train": [b"{"]})
     with pytest.raises(InputError, match=r"The split train of broken cannot be read: .*JSON"):
         read_rows(None, "broken", "train")
+    make_dataset(tmp_path / "script", {"train": [chat("Hi.", "Hello.")]})
+    (tmp_path / "script/script.py").touch()
+    with pytest.raises(InputError, match=r"The split train of script cannot be read: Dataset scripts are no longer"):
+        read_rows(None, "script", "train")
 
 
 # ---- Samples to batches

@@ -120,11 +120,15 @@ def test_the_script_reads_texts_chats_and_datasets(nano_tokenizer, config, tmp_p
     nano_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("Sort the digits 85996. " * 5)
     write_lines(tmp_path / "chats.jsonl", [chat("Hi.", "Hello."), b"{"])
-    make_dataset(tmp_path / "org/texts", {"test": [{"text": "Sort."}, {"text": " "}, {"text": "Sort the digits."}]})
+    texts = ["Sort.", " ", None, "Sort the digits."]
+    make_dataset(tmp_path / "org/texts", {"test": [{"text": text} for text in texts]})
+    row = {"text": "Both.", "instruction": "Hi.", "output": "Hello."}  # as alpaca has them
+    make_dataset(tmp_path / "org/chats", {"test": [row]})
     monkeypatch.chdir(tmp_path)
     found = []
     shown = ""
-    for source in ("--file text.txt --max_length 20", "--file chats.jsonl", "--dataset_name org/texts"):
+    files = ["--file text.txt --max_length 20", "--file chats.jsonl"]
+    for source in (*files, "--dataset_name org/texts", "--dataset_name org/chats"):
         script.main(["--model_name_or_path", "model", "--num_draws", "2", *source.split()])
         captured = capsys.readouterr()
         found.append(json.loads(captured.out))
@@ -132,6 +136,7 @@ def test_the_script_reads_texts_chats_and_datasets(nano_tokenizer, config, tmp_p
     assert "dropped of chats.jsonl: 1 not JSON" in shown
     lengths = [len(nano_tokenizer(text).input_ids) for text in ("Sort.", "Sort the digits.")]
     assert found[2]["tokens"] == sum(lengths) - 2
+    assert found[3] == found[1]
     assert found[1]["tokens"] % config.block_size != 0  # the response and the fill of its last block, after a prompt
     assert all(2 < result["nelbo"] < 20 and result["block_size"] == 8 for result in found)
     Qwen3_5TextConfig(num_hidden_layers=1).save_pretrained("ar")

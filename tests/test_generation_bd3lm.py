@@ -299,6 +299,8 @@ def test_processors_see_the_history_of_each_position():
     for row in answers(no_repeat_ngram_size=2):
         pairs = list(itertools.pairwise(t for t in row if t != PAD))
         assert len(pairs) == len(set(pairs))
+    forced = greedy(scripted([10, 11]), ids, **knobs, forced_eos_token_id=EOS).sequences[:, 5:]
+    assert (forced == EOS).nonzero().tolist() == [[0, 11], [1, 11]]
 
 
 def test_a_processor_gets_what_transformers_would_give_it():

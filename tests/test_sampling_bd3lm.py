@@ -108,6 +108,13 @@ def test_a_step_waits_once_and_looks_for_no_suppressed_token(knobs, monkeypatch)
     assert not set(texts[0][0, 16:].tolist()) & set(range(20, 60))
 
 
+@pytest.mark.parametrize("strategy", [name for name in REMASKING_STRATEGIES if name != "random"])
+def test_greedy_runs_draw_no_random_numbers(strategy):
+    model, before = tiny_model(), torch.get_rng_state()  # the model has set the seed
+    model.generate(tokens(1, 8), max_new_tokens=16, do_sample=False, remasking_strategy=strategy)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # Bad input
 
 BAD = {
@@ -116,6 +123,8 @@ BAD = {
     r"block_size=0 is outside \[1, 16\]": {"block_size": 0},
     "steps=0 must be at least 1": {"steps": 0},
     "num_beams=3 does not go with block diffusion": {"num_beams": 3},
+    "output_scores=True does not go with block diffusion": {"output_scores": True},
+    "prompt_lookup_num_tokens=5 does not go with block diffusion": {"prompt_lookup_num_tokens": 5},
     "guidance_scale=2.0 does not go with block diffusion": {"guidance_scale": 2.0},
     "past_key_values is a DynamicCache. Pass one that": {"past_key_values": DynamicCache()},
     "entropy_bound=-1 must be at least 0": {"entropy_bound": -1},

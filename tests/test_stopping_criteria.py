@@ -51,6 +51,20 @@ def test_a_cache_that_goes_beyond_a_criterions_end_is_not_returned():
     assert output.past_key_values is None
 
 
+def test_max_time_ends_rows_with_their_blocks():
+    model, ids = scripted([10, 11, 12, 13, 14]), torch.tensor([[PAD, 5, 6, 7], [5, 6, 7, 8]])
+    output = greedy(model, ids, attention_mask=(ids != PAD).long(), max_new_tokens=9, max_time=1e-9)
+    assert output.sequences[:, 4:].tolist() == [[13, PAD, PAD, PAD], [14, 10, 11, 12]]  # blocks of 4
+
+
+def test_no_time_is_over_before_there_is_an_answer():
+    model, ids = scripted([10, 11, 12, 13, 14]), tokens(1, 8)
+    ids[0, 1] = model.config.mask_token_id
+    output = greedy(model, ids, max_new_tokens=9, max_time=1e-9)
+    assert output.sequences[0, 1] == 11
+    assert output.sequences[0, 8:].tolist() == [13, 14, 10, 11]
+
+
 def test_stop_strings_are_read_with_the_tokenizer():
     words = {chr(97 + i): i for i in range(26)} | {f"token{i}": i for i in range(26, 97)}
     backend = Tokenizer(models.BPE(words, merges=[]))

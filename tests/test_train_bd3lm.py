@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import chat, tiny_model, tokens, write_lines
+from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from trainers import ANSWERS, make_inputs, make_trainer
 from transformers import AutoModel, AutoTokenizer, Qwen3_5ForCausalLM, TrainingArguments
@@ -221,6 +222,7 @@ def test_a_model_that_is_absent_or_not_converted_is_named(tmp_path, monkeypatch)
         ("--eval_strategy steps", "eval_dataset"),
         ("--report_to no_such_thing", "no_such_thing"),
         ("--dataset_split test", "--dataset_split and --dataset_config are of --dataset_name, which was not given"),
+        ("--fp16 true", "float16 is too narrow"),
         ("--label_smoothing_factor 0.1", "label_smoothing_factor would replace the loss"),
     ],
 )
@@ -290,7 +292,7 @@ def all_samples(folder: Path, tokenizer, config):
     return load_samples(rows, tokenizer, config, max_length=64)[0].with_format("torch")
 
 
-@pytest.mark.parametrize("error", [None, OSError("401")])
+@pytest.mark.parametrize("error", [None, OSError("401"), HTTPError("401")])  # the last one where there is no network
 def test_push_to_hub_uploads_whole_models(error, nano_tokenizer, config, tmp_path, monkeypatch):
     argv, out, pushed = make_inputs(tmp_path, config, nano_tokenizer), tmp_path / "out", []
 

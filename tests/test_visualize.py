@@ -74,8 +74,12 @@ def test_it_writes_a_picture_or_a_frame_for_every_step(name, tmp_path, monkeypat
         assert getattr(image, "n_frames", 1) == (1 if name.endswith("png") else len(steps))
 
 
-def test_another_ending_is_refused(monkeypatch):
-    argv = ["--model_name_or_path", MODEL, "--prompt", PROMPT, "--output_file", "answer.jpg"]
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [("answer.jpg", r"answer\.jpg ends in neither \.png nor \.gif"), ("nowhere/a.png", "nowhere is no directory")],
+)
+def test_a_file_that_cannot_be_is_refused_before_the_model_is_loaded(file, sentence, monkeypatch):
+    argv = ["--model_name_or_path", "absent", "--prompt", "", "--output_file", file]
     monkeypatch.setattr(sys, "argv", ["visualize.py", *argv])
-    with pytest.raises(SystemExit, match=r"answer\.jpg ends in neither \.png nor \.gif"):
+    with pytest.raises(ValueError, match=sentence):
         visualize.main()
