@@ -32,7 +32,9 @@ def linear_cross_entropy(
     if loss_weights is not None and loss_weights.shape != labels.shape:
         raise ValueError(f"loss_weights must be {list(labels.shape)} like labels, got {list(loss_weights.shape)}.")
     is_target = labels != -100
-    hidden_states, labels = hidden_states[is_target], labels[is_target]
+    factor = torch.ones_like(labels) if loss_weights is None else loss_weights
+    # the head may be on another device than what goes into it
+    hidden_states, labels, factor = (x[is_target].to(weight.device) for x in (hidden_states, labels, factor))
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     if low < 0 or high >= len(weight):
         raise ValueError(
@@ -41,9 +43,18 @@ def linear_cross_entropy(
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):  # which does not look into an autograd function
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
-    factor = torch.ones_like(labels) if loss_weights is None else loss_weights[is_target]
     total = _LinearCrossEntropy.apply(hidden_states, weight, labels, factor)
     return total / (max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def weight_of(head: torch.nn.Module) -> torch.Tensor:
+    """The weight [V, D] that the loss reads in place of calling the head; a ValueError for one with an adapter."""
+    if hasattr(head, "base_layer"):  # of peft, whose own weights would get no gradient
+        raise ValueError(
+            "The loss reads the weight of lm_head and would not train an adapter on it. Leave lm_head out of "
+            "target_modules, or name it in modules_to_save."
+        )
+    return head.weight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

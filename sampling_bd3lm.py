@@ -8,6 +8,7 @@ import torch
 from transformers.generation import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -47,6 +48,7 @@ WITHOUT_HISTORY = (
 )
 # Modes of transformers' `generate` that this one has not.
 OTHER_MODES = ("num_beams", "guidance_scale", "output_scores", "output_logits", "prompt_lookup_num_tokens", "use_mtp")
+OTHER_MODES += ("force_words_ids", "constraints", "penalty_alpha", "dola_layers", "assistant_early_exit")
 
 
 def static_schedule(tokens: int, steps: int) -> list[int]:
@@ -143,19 +145,38 @@ class SuppressTokens(SuppressTokensLogitsProcessor):
         return scores.masked_fill(self.is_suppressed, -torch.inf)
 
 
+class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """Just like its parent, but padding before the prompt counts as no token: a row does not depend on its batch."""
+
+    def __init__(self, penalty: float, pad_token_id: int | None, mask_token_id: int):
+        super().__init__(penalty)
+        self.pad_token_id, self.mask_token_id = pad_token_id, mask_token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        is_padding = (input_ids == self.pad_token_id).cumprod(1).bool()
+        # the score of the mask token is -inf already
+        return super().__call__(input_ids.masked_fill(is_padding, self.mask_token_id), scores)
+
+
 def fast_processors(processors: list, generation_config, config, device: torch.device) -> tuple:
-    """The processors in their order, with `SuppressTokens` for its parent, and the same as `plain_sampling`."""
-    fast = LogitsProcessorList(
-        SuppressTokens(x.suppress_tokens, config.vocab_size, device) if type(x) is SuppressTokensLogitsProcessor else x
-        for x in processors
-    )
-    return fast, plain_sampling(fast, generation_config, config, device)
+    """Two of the processors replaced by those above, and what `sample_rows` does of them.
 
+    Returns:
+        The processors in their order; `is_suppressed` [V] and `temperature` for `sample_rows`, `None` if a processor
+        does more than set these.
+    """
 
-def plain_sampling(processors: list, generation_config, config, device: torch.device) -> dict[str, Any] | None:
-    """`is_suppressed` [V] and `temperature` for `sample_rows`; `None` if a processor does more than set these."""
+    def ours(processor):
+        if type(processor) is SuppressTokensLogitsProcessor:
+            return SuppressTokens(processor.suppress_tokens, config.vocab_size, device)
+        if type(processor) is RepetitionPenaltyLogitsProcessor:
+            pad = generation_config._pad_token_tensor
+            return RepetitionPenalty(processor.penalty, None if pad is None else int(pad), config.mask_token_id)
+        return processor
+
+    processors = LogitsProcessorList(map(ours, processors))
     if not all(type(x) in (SuppressTokens, TemperatureLogitsWarper) for x in processors):
-        return None
+        return processors, None
     is_suppressed = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
     is_suppressed[config.mask_token_id] = True
     temperature = 1.0
@@ -164,15 +185,20 @@ def plain_sampling(processors: list, generation_config, config, device: torch.de
             temperature *= processor.temperature
         else:
             is_suppressed |= processor.is_suppressed
-    return {"is_suppressed": is_suppressed, "temperature": temperature if generation_config.do_sample else None}
+    plain = {"is_suppressed": is_suppressed, "temperature": temperature if generation_config.do_sample else None}
+    return processors, plain
 
 
 def check_modes(generation_config) -> None:
-    """Raise a ValueError where a mode of transformers' `generate` is on that this one has not."""
+    """Raise where a mode of transformers' `generate` is on that this one has not, or a length is no whole number."""
     for mode in OTHER_MODES:
         value = getattr(generation_config, mode, None)
         if value is True or value not in (None, False, 1):
             raise ValueError(f"{mode}={value} does not go with block diffusion. Leave it out.")
+    for name in ("max_new_tokens", "max_length"):
+        value = getattr(generation_config, name)
+        if value is not None and not isinstance(value, Integral):
+            raise TypeError(f"{name}={value!r} must be a whole number.")
 
 
 def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:

@@ -31,6 +31,7 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from arclm.cache_arclm import ArcLMCache
 from arclm.configuration_arclm import ArcLMConfig
+from arclm.generation_bd3lm import PREFILL_TOKENS
 from arclm.modeling_arclm import ArcLMForDiffusionLM
 
 
@@ -119,6 +120,17 @@ def cache_bytes(cache: ArcLMCache) -> int:
     """Return what a denoising step reads of the cache: keys, values and states."""
     tensors = [*cache.keys, *cache.values, *cache.conv_states, *cache.recurrent_states]
     return sum(x.nbytes for x in tensors if x is not None)
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, ids: torch.Tensor, block_size: int | None = None) -> ArcLMCache:
+    """Commit ids [B, T] in pieces, as `generate` does."""
+    cache = None
+    for piece in ids.split(PREFILL_TOKENS, 1):
+        cache = model(
+            piece, past_key_values=cache, use_cache=True, block_size=block_size, logits_to_keep=1
+        ).past_key_values
+    return cache
 
 
 def load_dllm(checkout: str | None, module: str) -> ModuleType | None:

@@ -46,6 +46,7 @@ from common import (
     make_parent,
     measure_limits,
     median,
+    prefill,
     print_table,
     random_ids,
     ratio,
@@ -216,8 +217,7 @@ def measure(
     for name in MODELS:
         seconds[name], step[name] = median(results.get(name, [])) or (None, None)
 
-    with torch.no_grad():
-        cache = model(prompts, use_cache=True, logits_to_keep=1).past_key_values
+    cache = prefill(model, prompts)
     weights = sum(weight.nbytes for weight in model.parameters())
     tokens = len(prompts) * config.block_size
     floor = floor_seconds(count_parameters(model), tokens, weights + cache_bytes(cache), limits)

@@ -29,6 +29,7 @@ from common import (
     make_config,
     median,
     peak_memory,
+    prefill,
     print_table,
     random_ids,
     start_record,
@@ -45,7 +46,6 @@ from arclm.graphs_arclm import borrow_graphs
 
 AXES = ("context", "batch", "block")
 BASE = {"denoise": {"context": 1024, "batch": 1}, "train": {"context": 512, "batch": 1}}
-PIECE = 2048  # tokens per prefill pass, as in generate
 
 
 @dataclass
@@ -67,19 +67,10 @@ class ScalingArguments:
     output_file: str | None = HfArg(default=None, help="Result file.")
 
 
-@torch.no_grad()
-def prefill(model, batch: int, context: int, device: str) -> ArcLMCache:
-    """Commit random tokens in pieces."""
-    ids, cache = random_ids(model.config, batch, context, device), None
-    for piece in ids.split(PIECE, 1):
-        cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-    return cache
-
-
 def prepare_denoise(shape: str | dict, size: dict[str, int], device: str) -> Callable[[], ArcLMCache]:
     """Return a denoising step of `size`, context, batch and block; it returns the cache that it reads."""
     model = make_arclm(shape, device, default_dtype(device))
-    cache = prefill(model, size["batch"], size["context"], device)
+    cache = prefill(model, random_ids(model.config, size["batch"], size["context"], device), size["block"])
     block = random_ids(model.config, size["batch"], size["block"], device)
     graphs = borrow_graphs(model.model, cache)  # as `generate` does; none on a CPU
 
@@ -145,11 +136,11 @@ def fit(rows: list[dict]) -> dict:
     return fits
 
 
-def measure_shape(shape: str, args: ScalingArguments) -> dict:
-    """Measure all axes of both kinds of steps of one shape."""
+def measure_shape(shape: str, args: ScalingArguments, result: dict, save: Callable[[], None]) -> None:
+    """Measure all axes of both kinds of steps of one shape; `result` grows and is saved after each."""
     block = make_config(shape).block_size
     blocks = [size for size in (4, 8, 16, 32, 64) if size <= block]
-    rows, fits = [], []
+    rows, fits = result["rows"], result["exponents"] = [], []
     for kind in PREPARE:
         contexts = args.contexts if kind == "denoise" else args.lengths
         for axis, values in zip(AXES, (contexts, args.batch_sizes, blocks), strict=True):
@@ -157,9 +148,9 @@ def measure_shape(shape: str, args: ScalingArguments) -> dict:
             part = measure(kind, shape, axis, sizes, args.device, repeats=args.repeats)
             rows += part
             fits.append(fit(part))
+            save()
     print_table(f"{shape}: time and memory of a step", rows)
     print_table(f"{shape}: exponents", fits)
-    return {"rows": rows, "exponents": fits}
 
 
 def plot(shapes: dict[str, dict], file: Path) -> None:
@@ -190,8 +181,8 @@ def main() -> None:
     record |= {"repeats": args.repeats, "base": BASE, "shapes": {}}
     file = Path(args.output_file or default_output("scaling", args.device))
     for shape in args.shapes:
-        record["shapes"][shape] = measure_shape(shape, args)
-        write_record(record, file)
+        record["shapes"][shape] = {}
+        measure_shape(shape, args, record["shapes"][shape], lambda: write_record(record, file))
     plot(record["shapes"], file.with_suffix(".png"))
 
 

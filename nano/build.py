@@ -31,27 +31,38 @@ class BuildArguments:
 
     output_dir: str = HfArg(help="Directory to create.")
     work_dir: str = HfArg(default="outputs/nano", help="Directory for what is made on the way; emptied first.")
-    max_steps: int = HfArg(default=3600, help="Optimizer steps of 32 samples.")
-    num_tasks: int = HfArg(default=120_000, help="Training tasks.")
+    max_steps: int = HfArg(default=3600, help="Optimizer steps of 32 samples with clipped masking rates.")
+    more_steps: int = HfArg(default=1400, help="Then steps with all rates and reasoning four times as often; 0: none.")
+    num_tasks: int = HfArg(default=120_000, help="Tasks of the first run.")
     seed: int = HfArg(default=1, help="Seed of the tasks and of the training.")
 
 
 def commands(args: BuildArguments) -> tuple[list[list[str]], str]:
     """Return the commands, as arguments of `python` in the repository, and the directory of the result."""
-    converted, data, trained = (f"{args.work_dir}/{name}" for name in ("converted", "train.jsonl", "trained"))
-    convert = f"convert_a2d.py --model_name_or_path nano/arclm-nano-base --output_dir {converted}"
+    model, data, trained = (f"{args.work_dir}/{name}" for name in ("converted", "train.jsonl", "trained"))
+    convert = f"convert_a2d.py --model_name_or_path nano/arclm-nano-base --output_dir {model}"
     convert += " --block_size 16 --right_shift_logits true --context_attention causal"
     world = f"nano/world.py --output_file {data} --num_tasks {args.num_tasks} --seed {args.seed}"
-    train = (
+    lines = [convert, world, train_command(model, data, trained, "clipped", args.max_steps, args.seed, "2e-3")]
+    if args.more_steps:
+        model, data, trained = trained, f"{args.work_dir}/more.jsonl", f"{args.work_dir}/trained_more"
+        seed, num_tasks = args.seed + 1, 32 * args.more_steps
+        world = f"nano/world.py --output_file {data} --num_tasks {num_tasks} --seed {seed} --reasoning_weight 4"
+        lines += [world, train_command(model, data, trained, "linear", args.more_steps, seed, "1e-3")]
+    return [line.split() for line in lines], trained
+
+
+def train_command(model: str, data: str, output_dir: str, schedule: str, steps: int, seed: int, rate: str) -> str:
+    """Return the command of a run."""
+    return (
         "-m torch.distributed.run --nproc_per_node 2 train_bd3lm.py --use_cpu true"
-        f" --model_name_or_path {converted} --train_file {data} --output_dir {trained}"
+        f" --model_name_or_path {model} --train_file {data} --output_dir {output_dir}"
         " --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --gradient_checkpointing false"
         " --lr_scheduler_type cosine --warmup_steps 50 --max_grad_norm 1.0"
-        " --noise_schedule clipped --ar_loss_weight 0.5"
+        f" --noise_schedule {schedule} --ar_loss_weight 0.5"
         " --logging_steps 50 --report_to none --save_strategy no --answer_steps 0"
-        f" --seed {args.seed} --max_steps {args.max_steps} --learning_rate 2e-3"
+        f" --seed {seed} --max_steps {steps} --learning_rate {rate}"
     )
-    return [line.split() for line in (convert, world, train)], trained
 
 
 def build(args: BuildArguments) -> None:

@@ -231,15 +231,22 @@ def test_the_training_step_trains_on_the_response_alone():
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("kind", "but"), [("denoise", ()), ("train", ("cache_mb",))])
-def test_rows_of_scaling_have_every_number(kind, but):
-    sizes = [size | {"context": 2 * BLOCK} for size in scaling.sizes_of(kind, "batch", [1, 3], BLOCK)]
-    rows = scaling.measure(kind, SHAPE, "batch", sizes, "cpu", repeats=1)
-    assert [row["batch"] for row in rows] == [1, 3]
-    for row in rows:
-        assert_positive(row, but)
-    if kind == "denoise":
-        assert rows[1]["cache_mb"] == pytest.approx(3 * rows[0]["cache_mb"])
+def test_rows_of_scaling_have_every_number(monkeypatch):
+    monkeypatch.setattr(scaling, "BASE", {kind: {"context": 32, "batch": 1} for kind in scaling.PREPARE})
+    args = scaling.ScalingArguments(contexts=[32, 48], lengths=[32, 48], batch_sizes=[1, 3], repeats=1, device="cpu")
+    result, saved = {}, []
+    scaling.measure_shape(SHAPE, args, result, lambda: saved.append(len(result["rows"])))
+    values = {"context": [32, 48], "batch": [1, 3], "block": [4, 8, 16]}
+    for kind, but in (("denoise", ()), ("train", ("cache_mb",))):
+        for axis in scaling.AXES:
+            rows = [row for row in result["rows"] if (row["step"], row["axis"]) == (kind, axis)]
+            assert [row[axis] for row in rows] == values[axis]
+            for row in rows:
+                assert_positive(row, but)
+            if (kind, axis) == ("denoise", "batch"):
+                assert rows[1]["cache_mb"] == pytest.approx(3 * rows[0]["cache_mb"])
+    assert saved == [2, 4, 7, 9, 11, 14]
+    assert len(result["exponents"]) == 6
 
 
 def test_exponents_of_known_laws():

@@ -1,7 +1,5 @@
 """The sampler: on random models for exactness, on a model of fixed logits where it matters what it says."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +9,6 @@ from hypothesis import strategies as st
 from scripted import EOS, PAD, greedy, scripted
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
 )
 
 from arclm.sampling_bd3lm import REMASKING_STRATEGIES
@@ -279,60 +275,6 @@ def test_sampling_follows_the_seed_and_the_processors():
     assert torch.equal(sample(0, top_k=1), model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=[]))
     few = set(range(2, 60))
     assert not few & set(sample(0, suppress_tokens=sorted(few))[0, 6:].tolist())
-
-
-def test_processors_see_the_history_of_each_position():
-    """The model wants 10 11 10 11 ... and an end token at position 9; prompts have 3 and 5 tokens."""
-    text = [10, 11] * 4 + [10, EOS]
-    ids = torch.tensor([[PAD, PAD, 5, 6, 7], [5, 6, 7, 8, 9]])
-    knobs = {"attention_mask": (ids != PAD).long(), "max_new_tokens": 12, "remasking_strategy": "sequential"}
-
-    def answers(**more) -> list[list[int]]:
-        return greedy(scripted(text), ids, **knobs, **more).sequences[:, 5:].tolist()
-
-    assert [row.index(EOS) for row in answers()] == [6, 4]
-    # at least as many new tokens in each row, whatever its prompt
-    long = answers(min_new_tokens=6)
-    assert long[0].index(EOS) == 6
-    assert EOS not in long[1][:6]
-    assert all((a, b) != (10, 11) for row in answers(bad_words_ids=[[10, 11]]) for a, b in itertools.pairwise(row))
-    for row in answers(no_repeat_ngram_size=2):
-        pairs = list(itertools.pairwise(t for t in row if t != PAD))
-        assert len(pairs) == len(set(pairs))
-    forced = greedy(scripted([10, 11]), ids, **knobs, forced_eos_token_id=EOS).sequences[:, 5:]
-    assert (forced == EOS).nonzero().tolist() == [[0, 11], [1, 11]]
-
-
-def test_a_processor_gets_what_transformers_would_give_it():
-    seen = []
-
-    class Spy(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            seen.extend(input_ids.tolist())
-            return scores
-
-    ids = torch.tensor([[PAD, PAD, 5, 6, 7], [5, 6, 7, 8, 9]])
-    knobs = {"attention_mask": (ids != PAD).long(), "max_new_tokens": 3, "remasking_strategy": "sequential"}
-    model = scripted([10, 11, 12, 13, 14, 15, 16, 17])
-    greedy(model, ids, logits_processor=LogitsProcessorList([Spy()]), **knobs)
-    # position p of a row holds text[p]: after prompts of 3 and 5 tokens come 13 14 15 and 15 16 17
-    prompts = ids.tolist()
-    for n in range(3):
-        assert prompts[0] + [13, 14, 15][:n] in seen
-        assert prompts[1] + [15, 16, 17][:n] in seen
-    assert {len(history) for history in seen} == {5, 6, 7}
-
-
-def test_a_callers_logits_processor_is_applied():
-    model = scripted([10])
-
-    def only_17(input_ids, scores):
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([17]), 0.0)
-
-    output = model.generate(
-        tokens(1, 3), max_new_tokens=4, do_sample=False, logits_processor=LogitsProcessorList([only_17])
-    )
-    assert output[0, 3:].tolist() == [17] * 4
 
 
 def test_num_return_sequences_repeats_every_row():

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_model, tokens
+from peft import LoraConfig, get_peft_model
 
 from arclm import linear_cross_entropy as module
 from arclm.linear_cross_entropy import linear_cross_entropy
@@ -94,3 +96,13 @@ def test_no_chunk_is_larger_than_the_limit(monkeypatch):
     linear_cross_entropy(hidden, weight, labels).backward()
     assert max(sizes) <= 4 * B * T
     assert sum(sizes) == 2 * V * (labels != -100).sum()  # once forward, once backward
+
+
+def test_an_adapter_on_the_head_is_refused_and_a_copy_of_it_trained():
+    x = tokens(1, 16)
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="name it in modules_to_save"):
+        model(x, noisy_input_ids=x, labels=x)
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model(x, noisy_input_ids=x, labels=x).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -125,6 +125,7 @@ BAD = {
     "num_beams=3 does not go with block diffusion": {"num_beams": 3},
     "output_scores=True does not go with block diffusion": {"output_scores": True},
     "prompt_lookup_num_tokens=5 does not go with block diffusion": {"prompt_lookup_num_tokens": 5},
+    r"force_words_ids=\[\[5\]\] does not go with block diffusion": {"force_words_ids": [[5]]},
     "guidance_scale=2.0 does not go with block diffusion": {"guidance_scale": 2.0},
     "past_key_values is a DynamicCache. Pass one that": {"past_key_values": DynamicCache()},
     "entropy_bound=-1 must be at least 0": {"entropy_bound": -1},
@@ -167,6 +168,8 @@ def test_rows_that_stop_at_different_lengths_need_a_pad_token():
 def test_knobs_of_another_type_are_refused():
     with pytest.raises(TypeError, match=r"steps=2\.5 must be a whole number"):
         tiny_model().generate(tokens(1, 8), steps=2.5)
+    with pytest.raises(TypeError, match=r"max_new_tokens=10\.0 must be a whole number"):
+        tiny_model().generate(tokens(1, 4), max_new_tokens=1e1)
     with pytest.raises(TypeError, match="confidence_threshold='high' must be a number"):
         tiny_model().generate(tokens(1, 8), confidence_threshold="high")
 

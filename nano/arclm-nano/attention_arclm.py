@@ -15,6 +15,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 )
 
 from .cache_arclm import CacheAccess
+from .configuration_arclm import ArcLMConfig
 
 
 class AttentionPart(NamedTuple):
@@ -33,7 +34,15 @@ class AttentionPart(NamedTuple):
 
 
 class ArcLMAttention(Qwen3_5Attention):
-    """Qwen3.5's gated attention in parts."""
+    """Qwen3.5's gated attention in parts.
+
+    The query heads that share a key head stand one after the other as its queries: transformers would repeat the keys
+    and values for each of them wherever there is a mask.
+    """
+
+    def __init__(self, config: ArcLMConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.query_groups, self.num_key_value_groups = self.num_key_value_groups, 1
 
     def forward(
         self,
@@ -57,18 +66,13 @@ class ArcLMAttention(Qwen3_5Attention):
         outputs = []
         for part in parts:
             keys, values = (_columns(x, part.keys) for x in (key, value))
+            queries = query[:, :, part.queries].unflatten(1, (-1, self.query_groups)).flatten(2, 3)
+            mask = None if part.mask is None else part.mask.repeat(1, 1, self.query_groups, 1)
             # is_causal=False: the mask says it all, and without one every key is visible
             output, _ = attend(
-                self,
-                query[:, :, part.queries],
-                keys,
-                values,
-                part.mask,
-                dropout=dropout,
-                scaling=self.scaling,
-                is_causal=False,
+                self, queries, keys, values, mask, dropout=dropout, scaling=self.scaling, is_causal=False
             )
-            outputs.append(output)
+            outputs.append(output.unflatten(1, (self.query_groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3))
         output = torch.cat(outputs, 1) if outputs[1:] else outputs[0]  # [B, columns, H, head_dim]
         return self.o_proj((output * gate.sigmoid()).flatten(2))
 

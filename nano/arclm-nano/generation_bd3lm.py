@@ -48,7 +48,7 @@ class BD3LMGenerateOutput(ModelOutput):
         sequences: [B, prompt + new] token ids, the prompt first, padded on the right after an end token.
         tokens_per_forward: [B] float, generated tokens up to and with the end token per denoising step of the row.
         nfe: all forward passes of the batch: prefill and denoising steps. A commit shares one with the first denoising
-            step of the next block.
+            step of the next block, but for the first commit where nothing was prefilled.
         past_key_values: the cache of all complete blocks that were committed; `None` where one goes beyond the end
             that a stopping criterion gave its row.
         history: one [B, block_size] tensor of ids per denoising step, the block after the step, on the CPU.
@@ -87,7 +87,7 @@ class BD3LMGenerationMixin:
            c. hand the new tokens to the streamer;
            d. commit the block, if there is another one, in the pass of that one's first denoising step.
 
-        2 and 3.b are the only forward passes, but for a commit that no denoising step follows.
+        2 and 3.b are the only forward passes, but for the first commit where 2 had nothing to do.
 
         Args:
             input_ids: [B, P] prompts, padded on the left where they differ in length. Mask tokens in a prompt are
@@ -132,7 +132,7 @@ class BD3LMGenerationMixin:
             block, is_masked, share_of = run.start_block()
             # 3.b Denoise
             for step in range(knobs["max_denoising_steps"]):
-                masked = is_masked.nonzero(as_tuple=True)  # where the host waits for the device, once per step
+                masked = is_masked.nonzero(as_tuple=True)  # under CUDA graphs, all that the host waits for in a step
                 if not len(masked[0]):
                     break
                 tokens, confidence, entropy = run.predict(block, is_masked, masked)
@@ -254,9 +254,9 @@ class _Run:
         if self.criteria and len(self.ids) > 1 and self.config._pad_token_tensor is None:
             raise ValueError("Rows that stop at different lengths need padding, and pad_token_id is not set. Pass it.")
 
-    def columns(self, count: int) -> torch.Tensor:
-        """[B, count] positions from the current block on."""
-        return self.starts[:, None] + torch.arange(count, device=self.ids.device)
+    def columns(self) -> torch.Tensor:
+        """[B, block_size] positions of the current block."""
+        return self.starts[:, None] + torch.arange(self.block_size, device=self.ids.device)
 
     def forward(self, **inputs) -> torch.Tensor:
         self.nfe += 1
@@ -282,7 +282,7 @@ class _Run:
         That is a block of the answer, or what is left of it. A block that begins with the end of the prompt is filled
         at the pace of a whole one, in fewer steps.
         """
-        columns = self.columns(self.block_size).clamp(max=self.ids.shape[1] - 1)
+        columns = self.columns().clamp(max=self.ids.shape[1] - 1)
         block = self.ids.gather(1, columns)
         is_masked = (block == self.mask_token_id) & (columns < self.ends[:, None]) & ~self.finished[:, None]
         answer = (self.limits - torch.maximum(self.starts, self.prompt_lengths)).clamp(max=self.block_size)
@@ -335,12 +335,13 @@ class _Run:
         """
         if all(isinstance(processor, WITHOUT_HISTORY) for processor in self.processors):
             return self.processors(block[rows], scores)
-        ids = self.ids.scatter(1, self.columns(self.block_size).clamp(max=self.ids.shape[1] - 1), block)
+        ids = self.ids.scatter(1, self.columns().clamp(max=self.ids.shape[1] - 1), block)
         padding = self.input_ids.shape[1] - self.prompt_lengths  # [B]
         lengths = (padding + self.starts)[rows] + offsets
         pad = self.mask_token_id if self.config._pad_token_tensor is None else int(self.config._pad_token_tensor)
-        for length in lengths.unique().tolist():
-            chosen = lengths == length
+        values, counts = lengths.unique(return_counts=True)
+        groups = lengths.argsort(stable=True).split(counts.tolist())
+        for length, chosen in zip(values.tolist(), groups, strict=True):
             columns = torch.arange(length, device=ids.device) - padding[rows[chosen], None]
             history = ids[rows[chosen]].gather(1, columns.clamp(min=0)).masked_fill(columns < 0, pad)
             scores[chosen] = self.processors(history, scores[chosen])
@@ -359,14 +360,14 @@ class _Run:
 
     def _is_end(self, block: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
         """[B, L] bool, generated end tokens after the prompt."""
-        columns = self.columns(self.block_size)
+        columns = self.columns()
         inside = (columns >= self.prompt_lengths[:, None]) & (columns < self.limits[:, None])
         return torch.isin(block, self.eos) & ~is_masked & inside
 
     def finish_block(self, block: torch.Tensor) -> torch.Tensor:
         """Write the block back and look for an end; returns the new tokens of the first row [n]."""
         check_logits(self.is_finite)
-        columns = self.columns(self.block_size)
+        columns = self.columns()
         writable = (columns < self.ids.shape[1]) & ~self.finished[:, None]
         rows = torch.arange(len(block), device=block.device)[:, None].expand_as(columns)
         self.ids[rows[writable], columns[writable]] = block[writable]
@@ -385,7 +386,7 @@ class _Run:
 
     def new_tokens(self, block: torch.Tensor) -> torch.Tensor:
         """[n] ids of the block that are part of the first row's answer."""
-        columns = self.columns(self.block_size)[0]
+        columns = self.columns()[0]
         return block[0][(columns >= self.prompt_lengths[0]) & (columns < self.ends[0])]
 
     def _ask_criteria(self) -> None:

@@ -34,7 +34,7 @@ from .configuration_arclm import ArcLMConfig
 from .gated_delta_rule import DeltaRuleInputs, gated_delta_rule
 from .generation_bd3lm import BD3LMGenerationMixin
 from .layers_arclm import ArcLMConv1d, ArcLMRMSNormGated, use_arclm_linear
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import linear_cross_entropy, weight_of
 from .streams_arclm import Streams, check_inputs, clean_targets, shift_right
 
 
@@ -154,9 +154,7 @@ class ArcLMDecoderLayer(GradientCheckpointingLayer):
             mixed = self.linear_attn(normed, streams, access)
         else:
             mixed = self.self_attn(normed, (streams.cos, streams.sin), streams.attention, access)
-        if keep is not None:
-            hidden_states, mixed = hidden_states[:, :keep], mixed[:, :keep]
-        hidden_states = hidden_states + mixed
+        hidden_states = hidden_states[:, :keep] + mixed[:, :keep]
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -323,9 +321,9 @@ class ArcLMModel(ArcLMPreTrainedModel):
         own_columns, layer_inputs = slice(0, streams.num_noisy or None), []
         for layer in self.layers:
             if output_hidden_states:
-                layer_inputs.append(hidden_states[:, own_columns])
+                layer_inputs.append(hidden_states[:, own_columns].to(ids.device))
             hidden_states = layer(hidden_states, streams, access, keep if layer is self.layers[-1] else None)
-        hidden_states = self.norm(hidden_states)
+        hidden_states = self.norm(hidden_states).to(ids.device)  # layers may be spread over several devices
 
         noisy, clean = hidden_states[:, : streams.num_noisy], hidden_states[:, streams.num_noisy :]
         if commit:
@@ -394,14 +392,13 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
             attention_mask: [B, T] or [B, context + T], 1 for tokens; positions and blocks count from the first one.
             noisy_input_ids: [B, T] noisy token ids, x_t; at most one block without `input_ids` or with a cache.
             past_key_values: the context, changed in place by a commit.
-            use_cache: make a cache where none is given (`True`), or leave the given one unchanged (`False`).
+            use_cache: make a cache of `input_ids` alone (`True`), or leave the given one unchanged (`False`).
             labels: [B, T] target ids, -100 for no target, compared with the logits at the same position.
             loss_weights: [B, T] float factor of each position's cross-entropy, 1 if `None`.
             clean_loss_weights: [B, T] float, adds an AR loss: the factor of predicting token i + 1 from clean token i.
             num_items_in_batch: what each sum is divided by, the number of its targets if `None`.
             block_size: tokens per block, the trained size if `None`.
-            logits_to_keep: how many last columns get logits, 0 for all; or which M positions, [M, V], as [B, T] bool
-                or as rows [M] and columns [M].
+            logits_to_keep: how many last columns get logits, 0 for all; or M positions: [B, T] bool or two indices [M].
             output_hidden_states: as in transformers, those of the stream that the logits come from.
             graphs: captured passes, used instead of the layers where one fits (`graphs_arclm.py`).
             kwargs: switches of other transformers models, accepted when they are off.
@@ -416,14 +413,15 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
         if hidden is not None:
             return ArcLMOutput(logits=self.lm_head(_kept(hidden, logits_to_keep)), past_key_values=past_key_values)
         targets = clean_targets(clean_loss_weights, input_ids, noisy_input_ids, labels, self.config)
-        more = {"needed": None if labels is None else labels != -100, "output_hidden_states": output_hidden_states}
-        more |= {"use_cache": use_cache, "need_clean": labels is None or targets is not None}
-        outputs = self.model(input_ids, attention_mask, **inputs, **more)
+        inputs |= {"needed": None if labels is None else labels != -100, "use_cache": use_cache}
+        inputs |= {"need_clean": labels is None or targets is not None, "output_hidden_states": output_hidden_states}
+        outputs = self.model(input_ids, attention_mask, **inputs)
         output = ArcLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
-        hidden, weight = outputs.predictive_hidden_state, self.lm_head.weight
+        hidden = outputs.predictive_hidden_state
         if labels is None:
             output.logits = self.lm_head(_kept(hidden, logits_to_keep))
         else:
+            weight = weight_of(self.lm_head)
             output.loss = linear_cross_entropy(hidden, weight, labels, loss_weights, num_items_in_batch)
         if targets is not None:
             clean = (outputs.clean_last_hidden_state, weight, targets, clean_loss_weights, num_items_in_batch)
