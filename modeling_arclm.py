@@ -398,7 +398,7 @@ class ArcLMForDiffusionLM(BD3LMGenerationMixin, ArcLMPreTrainedModel, Generation
             clean_loss_weights: [B, T] float, adds an AR loss: the factor of predicting token i + 1 from clean token i.
             num_items_in_batch: what each sum is divided by, the number of its targets if `None`.
             block_size: tokens per block, the trained size if `None`.
-            logits_to_keep: how many last columns get logits, 0 for all; or M positions: [B, T] bool or two indices [M].
+            logits_to_keep: how many last columns get logits, 0 for all; or M positions: [B, T] bool, or two indices.
             output_hidden_states: as in transformers, those of the stream that the logits come from.
             graphs: captured passes, used instead of the layers where one fits (`graphs_arclm.py`).
             kwargs: switches of other transformers models, accepted when they are off.
