@@ -148,7 +148,7 @@ class SuppressTokens(SuppressTokensLogitsProcessor):
 class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
     """Just like its parent, but padding before the prompt counts as no token: a row does not depend on its batch."""
 
-    def __init__(self, penalty: float, pad_token_id: int | None, mask_token_id: int):
+    def __init__(self, penalty: float, pad_token_id: int, mask_token_id: int):
         super().__init__(penalty)
         self.pad_token_id, self.mask_token_id = pad_token_id, mask_token_id
 
@@ -171,7 +171,8 @@ def fast_processors(processors: list, generation_config, config, device: torch.d
             return SuppressTokens(processor.suppress_tokens, config.vocab_size, device)
         if type(processor) is RepetitionPenaltyLogitsProcessor:
             pad = generation_config._pad_token_tensor
-            return RepetitionPenalty(processor.penalty, None if pad is None else int(pad), config.mask_token_id)
+            mask = config.mask_token_id
+            return RepetitionPenalty(processor.penalty, mask if pad is None else int(pad), mask)
         return processor
 
     processors = LogitsProcessorList(map(ours, processors))

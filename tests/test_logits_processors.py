@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from conftest import tokens
+from conftest import tiny_model, tokens
 from scripted import EOS, PAD, greedy, scripted
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -71,13 +71,7 @@ def test_padding_before_a_prompt_is_not_repeated():
     assert set(alone.tolist()) == {PAD, 10}
 
 
-def test_a_callers_logits_processor_is_applied():
-    model = scripted([10])
-
-    def only_17(input_ids, scores):
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([17]), 0.0)
-
-    output = model.generate(
-        tokens(1, 3), max_new_tokens=4, do_sample=False, logits_processor=LogitsProcessorList([only_17])
-    )
-    assert output[0, 3:].tolist() == [17] * 4
+def test_no_pad_token_is_needed_where_nothing_is_padded():
+    model, knobs = tiny_model(pad_token_id=None, eos_token_id=None), {"do_sample": False, "repetition_penalty": 1.5}
+    without = model.generate(tokens(1, 5), max_new_tokens=8, **knobs)
+    assert torch.equal(without, model.generate(tokens(1, 5), max_new_tokens=8, pad_token_id=0, **knobs))
