@@ -67,6 +67,7 @@ class ArcLMAttention(Qwen3_5Attention):
         for part in parts:
             keys, values = (_columns(x, part.keys) for x in (key, value))
             queries = query[:, :, part.queries].unflatten(1, (-1, self.query_groups)).flatten(2, 3)
+            # for this layer alone: the masks of a pass are kept through all of its layers
             mask = None if part.mask is None else part.mask.repeat(1, 1, self.query_groups, 1)
             # is_causal=False: the mask says it all, and without one every key is visible
             output, _ = attend(

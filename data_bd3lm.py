@@ -246,7 +246,7 @@ def make_samples(batch: dict[str, list], tokenizer: Tokenizer, config: Config, m
         except BadRowError as error:
             records.append({"outcome": str(error)})
     empty = {"input_ids": [], "labels": [], "length": 0, "response_tokens": 0}
-    return {key: [(empty | record)[key] for record in records] for key in (*empty, "outcome")}
+    return {key: [(empty | record)[key] for record in records] for key in RECORD}
 
 
 def tokenize(data: Rows, tokenizer: Tokenizer, config: Config, max_length: int) -> tuple[Dataset, dict[str, Any]]:

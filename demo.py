@@ -93,7 +93,7 @@ def main() -> None:
     console, trained = Console(), ROOT / OUT / "arclm-nano"
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     num_tasks = 32 * args.max_steps  # no task twice
-    build(BuildArguments(f"{OUT}/arclm-nano", f"{OUT}/work", args.max_steps, 0, num_tasks))
+    build(BuildArguments(f"{OUT}/arclm-nano", f"{OUT}/work", args.max_steps, more_steps=0, num_tasks=num_tasks))
     measure(console, trained, args.tasks_per_family)
     show_denoising(console, trained)
     console.print(f"\nThe model just trained is in {trained}. README.md says how to load it, and what was measured.")

@@ -29,6 +29,8 @@ KNOBS = {
     "use_cuda_graphs": True,
 }
 KINDS = {
+    "max_new_tokens": Integral,
+    "max_length": Integral,
     "block_size": Integral,
     "steps": Integral,
     "max_denoising_steps": Integral,
@@ -191,19 +193,15 @@ def fast_processors(processors: list, generation_config, config, device: torch.d
 
 
 def check_modes(generation_config) -> None:
-    """Raise where a mode of transformers' `generate` is on that this one has not, or a length is no whole number."""
+    """Raise a ValueError where a mode of transformers' `generate` is on that this one has not."""
     for mode in OTHER_MODES:
         value = getattr(generation_config, mode, None)
         if value is True or value not in (None, False, 1):
             raise ValueError(f"{mode}={value} does not go with block diffusion. Leave it out.")
-    for name in ("max_new_tokens", "max_length"):
-        value = getattr(generation_config, name)
-        if value is not None and not isinstance(value, Integral):
-            raise TypeError(f"{name}={value!r} must be a whole number.")
 
 
 def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
-    """Raise a ValueError or TypeError that names the knob, its value and what is allowed."""
+    """Raise a ValueError or TypeError that names the knob or length, its value and what is allowed."""
     for name, kind in KINDS.items():
         if knobs[name] is not None and not isinstance(knobs[name], kind):
             word = {Integral: "a whole number", Real: "a number", bool: "True or False"}[kind]
