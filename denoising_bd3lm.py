@@ -20,7 +20,7 @@ class Block(NamedTuple):
         is_masked: [B, L] bool, positions to fill.
         is_left: [] bool, whether there is one.
         can_end: [B, L] bool, positions of the answer: an end token in the prompt ends nothing.
-        places: [B, L] int64, the number of the position in the batch: random numbers go with it.
+        places: [B, L] int64, the number of the position in the batch, from 1: random numbers go with it.
         priority: [B, L] float32, the order of `sequential` or `random`, the smallest first.
         share_of: [B] over how many tokens the static strategies spread the steps, at least those masked at first.
         step: [1] int64, steps taken.
@@ -48,7 +48,7 @@ class Block(NamedTuple):
     @classmethod
     def of(cls, ids: torch.Tensor, is_masked: torch.Tensor, knobs: dict[str, Any], **others) -> "Block":
         """A block before its first step, with its random numbers."""
-        places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        places = torch.arange(1, ids.numel() + 1, device=ids.device).view_as(ids)
         is_random = knobs["remasking_strategy"] == "random"
         is_drawn = others["is_suppressed"] is not None and knobs["temperature"] is not None
         step = torch.zeros(1, dtype=torch.long, device=ids.device)
@@ -73,7 +73,7 @@ class Proposal(NamedTuple):
     """A token for every masked position of a block.
 
     Fields:
-        tokens: [B, L].
+        tokens: [B, L], the mask token where not masked.
         confidence: [B, L] float32, the model's probability of each, -1 where not masked.
         entropy: [B, L] float32, of the distributions in nats, infinite where not masked or not asked for. This and the
             confidence are taken before the processors: how sure the model is does not depend on how the caller
@@ -87,12 +87,13 @@ class Proposal(NamedTuple):
     is_finite: torch.Tensor
 
     @classmethod
-    def of_masked(cls, block: Block, masked: tuple, *results: torch.Tensor) -> "Proposal":
+    def of_masked(cls, block: Block, masked: tuple, results: tuple, mask_token_id: int) -> "Proposal":
         """From results [M] of the masked positions, given by row [M] and offset in the block [M]."""
+        empty = mask_token_id, -1, torch.inf, True
         return cls(
             *(
-                torch.full_like(block.ids, empty, dtype=result.dtype).index_put(masked, result)
-                for empty, result in zip((0, -1, torch.inf, True), results, strict=True)
+                torch.full_like(block.ids, value, dtype=result.dtype).index_put(masked, result)
+                for value, result in zip(empty, results, strict=True)
             )
         )
 
@@ -103,7 +104,7 @@ def choose(head: nn.Module, hidden_states: torch.Tensor, block: Block, knobs: di
     knobs: those of `take_step`, and `mask_token_id` and `temperature` as `sample_rows` takes them.
     """
     logits = head(hidden_states).flatten(0, 1)
-    places = torch.where(block.is_masked, block.places, -1).flatten()
+    places = (block.places * block.is_masked).flatten()
     results = sample_block(logits, block, places, knobs)
     take_step(block, Proposal(*(x.view_as(block.ids) for x in results)), knobs)
 
@@ -119,16 +120,11 @@ def sample_block(logits: torch.Tensor, block: Block, places: torch.Tensor, knobs
 def take_step(block: Block, proposal: Proposal, knobs: dict[str, Any]) -> None:
     """Put the tokens that are accepted into the block; what follows a settled end token becomes end tokens.
 
-    An end token behind another proposed end token counts as unsure, 0 and 1e4 nats: it comes for nothing once the
-    first one is accepted. For the knobs see `accept_tokens`.
+    For the knobs see `accept_tokens`.
     """
     block.is_finite.logical_and_(proposal.is_finite)
     block.row_steps.add_(block.is_masked.any(1))
-    is_end = block.ends(proposal.tokens) & block.is_masked
-    again = is_end & (is_end.cumsum(1) > 1)
-    confidence, entropy = proposal.confidence.masked_fill(again, 0.0), proposal.entropy.masked_fill(again, 1e4)
-    accepted = accept_tokens(block, confidence, entropy, knobs)
-
+    accepted = accept_tokens(block, proposal, knobs)
     block.is_masked.logical_xor_(accepted)
     ids = torch.where(accepted, proposal.tokens, block.ids)
     last_end = torch.where(block.ends(ids), ids, -1).cummax(1).values
@@ -141,15 +137,15 @@ def take_step(block: Block, proposal: Proposal, knobs: dict[str, Any]) -> None:
     block.step.add_(1).clamp_(max=knobs["max_denoising_steps"] - 1)
 
 
-def accept_tokens(
-    block: Block, confidence: torch.Tensor, entropy: torch.Tensor, knobs: dict[str, Any]
-) -> torch.Tensor:
+def accept_tokens(block: Block, proposal: Proposal, knobs: dict[str, Any]) -> torch.Tensor:
     """Choose which masked positions of a block to fill at this denoising step.
 
+    An end token behind another proposed end token counts as unsure, 0 and 1e4 nats: it comes for nothing once the
+    first one is accepted.
+
     Args:
-        block: of which `is_masked`, `priority`, `share_of` and `step` count.
-        confidence: [B, L] probability of each proposed token, -1 where not masked.
-        entropy: [B, L] in nats, infinite where not masked.
+        block: before the step.
+        proposal: of this step.
         knobs: `max_denoising_steps` S, `remasking_strategy`, `confidence_threshold`, `entropy_bound`.
 
     Returns:
@@ -160,7 +156,10 @@ def accept_tokens(
     if strategy in ("sequential", "random"):
         order = torch.where(is_masked, block.priority, torch.inf)  # the smallest is accepted first
     else:
-        order = entropy if strategy == "entropy_bound" else -confidence
+        is_end = block.ends(proposal.tokens)
+        again = is_end & (is_end.cumsum(1) > 1)
+        is_bound = strategy == "entropy_bound"
+        order = proposal.entropy.masked_fill(again, 1e4) if is_bound else -proposal.confidence.masked_fill(again, 0.0)
     # [B, L, L], whether the second position is accepted before the first; of equal ones the left one. Two sorts would
     # be more kernels
     own, other = order[:, :, None], order[:, None]
@@ -172,11 +171,11 @@ def accept_tokens(
     # the steps that are left must suffice for the positions that are left
     count = -(-is_masked.sum(1, keepdim=True) // (steps - block.step))
     if strategy == "low_confidence_dynamic":
-        chosen = confidence > knobs["confidence_threshold"]
+        chosen = order < -knobs["confidence_threshold"]
     else:
         # EB-sampler (arXiv:2505.24857): what tokens accepted together may know of each other is at most the sum of
         # their entropies but for the largest
-        chosen = torch.where(is_before, entropy[:, None], 0.0).sum(2) <= knobs["entropy_bound"]
+        chosen = torch.where(is_before, other, 0.0).sum(2) <= knobs["entropy_bound"]
     return (chosen | (rank < count)) & is_masked
 
 

@@ -1,7 +1,7 @@
 """Block-diffusion sampling: `generate` fills one block of mask tokens after the other (BD3-LM, arXiv:2503.09573).
 
-The sampler knows the model only through its forward pass: `input_ids` commits tokens to the cache, `noisy_input_ids`
-reads one block over it.
+The sampler knows the model through its forward pass: `input_ids` commits tokens to the cache, `noisy_input_ids` reads
+one block over it. Where both the layers and what follows them are captured, it replays these instead.
 """
 
 from dataclasses import dataclass
@@ -319,7 +319,8 @@ class _Run:
             return False
         logits = self.forward(noisy_input_ids=self.block.ids, logits_to_keep=masked, **self.to_commit)
         self.to_commit = {}
-        take_step(self.block, Proposal.of_masked(self.block, masked, *self._propose(logits, masked)), self.knobs)
+        results = self._propose(logits, masked)
+        take_step(self.block, Proposal.of_masked(self.block, masked, results, self.mask_token_id), self.knobs)
         return True
 
     def _replay(self) -> bool:

@@ -93,7 +93,7 @@ if triton is not None:
         """Reduce one tile of one row of the logits to four numbers and a candidate; see `sample_rows`."""
         row, tile, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
         place = tl.load(places + row).to(tl.int32)
-        if place < 0:
+        if place == 0:
             return
         column = tile * TILE + tl.arange(0, TILE)
         inside = column < vocabulary
@@ -134,13 +134,14 @@ if triton is not None:
         is_finite,
         row_stride,
         vocabulary,
+        mask_token_id,
         num_tiles,
         TILES: tl.constexpr,
     ):
         """Results of one row from what its tiles have left; see `sample_rows`."""
         row = tl.program_id(0)
-        if tl.load(places + row) < 0:
-            tl.store(tokens + row, 0)
+        if tl.load(places + row) == 0:
+            tl.store(tokens + row, mask_token_id)
             tl.store(confidence + row, -1.0)
             tl.store(entropy + row, float("inf"))
             tl.store(is_finite + row, 1)
@@ -223,13 +224,14 @@ def sample_rows(
         mask_token_id: has no probability.
         temperature: > 0, or `None` for the most probable token, of equal ones the first.
         seed: [1] int64 on the device of `logits`, needed with a temperature.
-        places: [R] int64, the row's number if `None`. The same seed gives the same logits at the same place the same
-            token, whatever the other rows. A row whose place is negative is not read.
+        places: [R] int64, from 1 on, the row's number if `None`. The same seed gives the same logits at the same place
+            the same token, whatever the other rows. A row whose place is 0 is not read.
 
     Returns:
         tokens [R] int64; confidence [R] float32, the probability of each under softmax(logits); entropy [R] float32 of
         softmax(logits) in nats; is_finite [R] bool, False for a row without probabilities, as a logit of NaN or +inf
-        leaves it: its other results mean nothing. A row that is not read has 0, -1, infinity and True.
+        leaves it: its other results mean nothing. A row that is not read has the mask token, -1,
+        infinity and True.
     """
     rows, vocabulary = logits.shape
     num_tiles, device = triton.cdiv(vocabulary, VOCABULARY_TILE), logits.device
@@ -237,8 +239,8 @@ def sample_rows(
     candidates = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
     types = torch.long, torch.float32, torch.float32, torch.bool
     results = tuple(torch.empty(rows, dtype=dtype, device=device) for dtype in types)
-    places = torch.arange(rows, device=device) if places is None else places
-    tiles, sizes = (statistics, candidates), (logits.stride(0), vocabulary)
+    places = torch.arange(1, rows + 1, device=device) if places is None else places
+    tiles, sizes = (statistics, candidates), (logits.stride(0), vocabulary, mask_token_id)
     with torch.cuda.device_of(logits):
         _read_tiles_kernel[(rows, num_tiles)](
             logits,
@@ -247,7 +249,6 @@ def sample_rows(
             places if seed is None else seed,  # without sampling any pointer does: it is not read
             *tiles,
             *sizes,
-            mask_token_id,
             1.0 if temperature is None else float(temperature),
             SAMPLE=temperature is not None,
             TILE=VOCABULARY_TILE,

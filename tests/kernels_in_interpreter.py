@@ -162,18 +162,18 @@ def test_the_seed_and_the_place_decide_the_sample():
     assert len(draws[0].unique()) > 3  # of 6 rows with the same logits
     # two thirds; noise that comes again in every tile would leave all ties to the first
     assert (torch.cat(draws[1:]) >= 64).float().mean() > 0.5
-    some = draw(logits[:3], is_suppressed, places=torch.tensor([4, 0, 3]))
+    some = draw(logits[:3], is_suppressed, places=torch.tensor([5, 1, 4]))
     assert torch.equal(some, draws[0][[4, 0, 3]])
 
 
 @pytest.mark.parametrize("temperature", [None, 0.5])
 def test_rows_without_a_place_are_not_read(temperature):
-    logits, places, seed = logits_of(5), torch.tensor([0, -1, 2, -1, 4]), torch.tensor([7])
+    logits, places, seed = logits_of(5), torch.tensor([1, 0, 3, 0, 5]), torch.tensor([7])
     expected = kernels.sample_rows(logits, suppressed(), MASK, temperature=temperature, seed=seed)
     logits[1] = torch.nan
     results = kernels.sample_rows(logits, suppressed(), MASK, temperature=temperature, seed=seed, places=places)
-    for result, whole, nothing in zip(results, expected, (0, -1.0, torch.inf, True), strict=True):
-        assert torch.equal(result, whole.where(places >= 0, torch.tensor(nothing, dtype=whole.dtype)))
+    for result, whole, nothing in zip(results, expected, (MASK, -1.0, torch.inf, True), strict=True):
+        assert torch.equal(result, whole.where(places > 0, torch.tensor(nothing, dtype=whole.dtype)))
 
 
 def test_a_sample_has_the_confidence_of_temperature_1():

@@ -290,7 +290,7 @@ def test_what_joins_the_tiles_of_the_sampler_compiles(capability):
     pytest.importorskip("triton")
     signature = {"logits": "*bf16", "places": "*i64", "statistics": "*fp32", "candidates": "*i32", "tokens": "*i64"}
     signature |= {"confidence": "*fp32", "entropy": "*fp32", "is_finite": "*i1"}
-    signature |= dict.fromkeys(("row_stride", "vocabulary", "num_tiles"), "i32")
+    signature |= dict.fromkeys(("row_stride", "vocabulary", "mask_token_id", "num_tiles"), "i32")
     compiled = compile_for(capability, kernels._join_tiles_kernel, signature, {"TILES": 64})
     assert "cubin" in compiled.asm
     assert "f64" not in compiled.asm["ttir"]
