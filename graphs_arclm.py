@@ -1,12 +1,17 @@
-"""Denoising under CUDA graphs: a forward pass is one launch instead of about two thousand, with the same results.
+"""Denoising under CUDA graphs: a step is two launches instead of about two thousand, with the same results.
 
 A graph replays kernels on the addresses it was captured with. So the context is copied into static buffers once per
-block, and a denoising step copies its block of ids in and replays (`DenoisingGraphs`). The buffers have a power of two
-of columns; those behind the context are masked. What is captured is `ArcLMModel.read`, embedding and layers: checks,
-masks and rotary embedding come before, once per block; the language-model head comes after, for what is masked only.
+block, and a denoising step replays the layers (`DenoisingGraphs`). The buffers have a power of two of columns; those
+behind the context are masked. What is captured is `ArcLMModel.read`, embedding and layers: checks, masks and rotary
+embedding come before, once per block.
 
 There are two passes over a static context: a denoising step, and the commit of a block with the first step on the
 block after it. `key_of` says what a captured pass depends on, and where there is none.
+
+After the pass comes the choice, `denoising_bd3lm.choose`, the second graph: head, proposals, acceptance. It changes a
+static block in place, whose ids the next pass reads. It computes logits for all positions of the block, as a graph has
+fixed shapes: the same weights are read, and the kernel skips what is not masked. `key_of_head` says what it depends
+on. Where it is not captured, the head comes eagerly, for what is masked only.
 """
 
 import threading
