@@ -1,7 +1,7 @@
 """Block-diffusion sampling: `generate` fills one block of mask tokens after the other (BD3-LM, arXiv:2503.09573).
 
-The sampler knows the model only through its forward pass: `input_ids` commits tokens to the cache, `noisy_input_ids`
-reads one block over it.
+The sampler knows the model through its forward pass: `input_ids` commits tokens to the cache, `noisy_input_ids` reads
+one block over it. Where both the layers and what follows them are captured, it replays these instead.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput
 
+from .denoising_bd3lm import Block, Proposal, sample_block, take_step
 from .graphs_arclm import borrow_graphs
-from .kernels_arclm import sample_rows, use_sample_rows
+from .kernels_arclm import use_sample_rows
 from .sampling_bd3lm import (
     DEFAULT_MAX_NEW_TOKENS,
     KNOBS,
     WITHOUT_HISTORY,
-    accept_tokens,
     check_attention_mask,
     check_cache,
     check_knobs,
@@ -129,25 +129,23 @@ class BD3LMGenerationMixin:
         run.prefill()
         while True:
             # 3.a Start the block
-            block, is_masked, share_of = run.start_block()
+            run.start_block()
             # 3.b Denoise
-            for step in range(knobs["max_denoising_steps"]):
-                masked = is_masked.nonzero(as_tuple=True)  # under CUDA graphs, all that the host waits for in a step
-                if not len(masked[0]):
+            for _ in range(knobs["max_denoising_steps"]):
+                if not run.denoise():
                     break
-                tokens, confidence, entropy = run.predict(block, is_masked, masked)
-                accepted = accept_tokens(confidence, entropy, is_masked, share_of, step, knobs)
-                block, is_masked = run.settle(block, is_masked, accepted, tokens)
+                if config.return_dict_in_generate:
+                    run.history.append(run.block.ids.clone())
                 if hasattr(streamer, "put_draft"):
-                    streamer.put_draft(run.new_tokens(block).cpu())
+                    streamer.put_draft(run.new_tokens().cpu())
             # 3.c Stream
-            new_tokens = run.finish_block(block)
+            new_tokens = run.finish_block()
             if streamer is not None:
                 streamer.put(new_tokens.cpu())
             # 3.d Commit
             if run.is_done():
                 break
-            run.commit(block)
+            run.commit()
         if streamer is not None:
             streamer.end()
         return run.output() if config.return_dict_in_generate else run.sequences()
@@ -188,6 +186,9 @@ class _Run:
         starts: [B] position of the current block in each row.
         ends: [B] number of tokens up to and with the end token, `limits` where there is none yet.
         finished: [B] bool.
+        block: the current one.
+        is_suppressed: [V] bool, for `sample_rows`; `None` where PyTorch proposes the tokens.
+        choice: captured, what follows the layers in its denoising steps; `None` where that runs eagerly.
         checked: number of new tokens that the stopping criteria have seen.
         to_commit: inputs of the forward pass that commit the last block, {} once it is committed.
     """
@@ -198,7 +199,7 @@ class _Run:
         check_prompt(input_ids, model.config)
         batch, prompt = input_ids.shape
         model._prepare_special_tokens(config, attention_mask is not None, device=input_ids.device, batch_size=batch)
-        self.eos = input_ids.new_empty(0) if config._eos_token_tensor is None else config._eos_token_tensor
+        eos = input_ids.new_empty(0) if config._eos_token_tensor is None else config._eos_token_tensor
         if attention_mask is None:  # the parent takes pad tokens for padding where the end token is another one
             attention_mask = model._prepare_attention_mask_for_generation(input_ids, config, {})
         check_attention_mask(attention_mask, input_ids)
@@ -228,7 +229,8 @@ class _Run:
         self.starts = self.was_masked.int().argmax(1) // self.block_size * self.block_size
         self.ends, self.finished = self.limits.clone(), torch.zeros_like(self.limits, dtype=torch.bool)
         self.row_steps, self.nfe, self.history, self.checked = torch.zeros_like(self.limits), 0, [], 0
-        self.to_commit, self.is_finite = {}, torch.ones((), dtype=torch.bool, device=input_ids.device)
+        self.to_commit, self.end_tokens = {}, torch.arange(model.config.vocab_size, device=input_ids.device)
+        self.end_tokens = torch.isin(self.end_tokens, eos) & (self.end_tokens != self.mask_token_id)
         self.graphs = borrow_graphs(model.model, self) if knobs["use_cuda_graphs"] else None
         num_blocks, steps = -(-new // self.block_size), knobs["steps"]
         per_block = self.block_size if steps is None else -(-steps // num_blocks)
@@ -242,7 +244,10 @@ class _Run:
             logits_processor=LogitsProcessorList() if logits_processor is None else logits_processor,
             device=self.ids.device,
         )
-        self.processors, self.plain = fast_processors(processors, self.config, self.model.config, self.ids.device)
+        more = self.config, self.model.config, self.ids.device
+        self.processors, is_suppressed, temperature = fast_processors(processors, *more)
+        self.is_suppressed = is_suppressed if use_sample_rows(self.model.dtype, self.ids.device) else None
+        self.knobs |= {"mask_token_id": self.mask_token_id, "temperature": temperature}
         criteria = self.model._get_stopping_criteria(
             generation_config=self.config,
             stopping_criteria=StoppingCriteriaList() if stopping_criteria is None else stopping_criteria,
@@ -276,56 +281,73 @@ class _Run:
             ids = self.ids.gather(1, columns.clamp(max=self.ids.shape[1] - 1))
             self.forward(input_ids=ids, attention_mask=inside.long(), use_cache=True, logits_to_keep=1)
 
-    def start_block(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The current block [B, L], its positions to fill [B, L] bool, and how many tokens share the steps [B].
+    def start_block(self) -> None:
+        """Have a block of the answer denoised next, or what is left of it.
 
-        That is a block of the answer, or what is left of it. A block that begins with the end of the prompt is filled
-        at the pace of a whole one, in fewer steps.
+        A block that begins with the end of the prompt is filled at the pace of a whole one, in fewer steps.
         """
-        columns = self.columns().clamp(max=self.ids.shape[1] - 1)
-        block = self.ids.gather(1, columns)
-        is_masked = (block == self.mask_token_id) & (columns < self.ends[:, None]) & ~self.finished[:, None]
+        columns = self.columns()
+        shown = columns.clamp(max=self.ids.shape[1] - 1)
+        ids = self.ids.gather(1, shown)
+        is_masked = (ids == self.mask_token_id) & (shown < self.ends[:, None]) & ~self.finished[:, None]
         answer = (self.limits - torch.maximum(self.starts, self.prompt_lengths)).clamp(max=self.block_size)
-        return block, is_masked, torch.maximum(answer, is_masked.sum(1))
+        block = Block.of(
+            ids,
+            is_masked,
+            self.knobs,
+            can_end=(columns >= self.prompt_lengths[:, None]) & (columns < self.limits[:, None]),
+            share_of=torch.maximum(answer, is_masked.sum(1)),
+            row_steps=self.row_steps,
+            end_tokens=self.end_tokens,
+            is_suppressed=self.is_suppressed,
+        )
+        graphs = None if self.is_suppressed is None else self.graphs
+        self.choice = None if graphs is None else graphs.choice(self.model, block, self.knobs)
+        self.block = block if self.choice is None else self.choice.load(block)
+        self.row_steps = self.block.row_steps
 
-    def predict(self, block: torch.Tensor, is_masked: torch.Tensor, masked: tuple) -> tuple[torch.Tensor, ...]:
-        """Propose a token for every masked position of the block, `masked` by row [M] and offset in the block [M].
-
-        Returns:
-            tokens [B, L]; confidence [B, L], the model's probability of each, -1 where not masked; entropy [B, L] of
-            the distributions in nats, infinite where not masked or not asked for. Both are taken before the
-            processors: how sure the model is does not depend on how the caller samples. An end token behind another
-            proposed end token counts as unsure, 0 and 1e4 nats: it comes for nothing once the first one is accepted.
-        """
-        logits = self.forward(noisy_input_ids=block, logits_to_keep=masked, **self.to_commit)
+    def denoise(self) -> bool:
+        """Take a denoising step with the block; False, and nothing done, where no position is masked."""
+        # `is_left` or `nonzero` is all that the host waits for in a step under CUDA graphs
+        if self.choice is not None:
+            if not self.block.is_left:
+                return False
+            if self._replay():
+                return True
+        masked = self.block.is_masked.nonzero(as_tuple=True)
+        if not len(masked[0]):
+            return False
+        logits = self.forward(noisy_input_ids=self.block.ids, logits_to_keep=masked, **self.to_commit)
         self.to_commit = {}
-        self.row_steps += is_masked.any(1)
-        chosen, confidence, entropy = self._propose(logits, block, masked)
-        tokens = block.index_put(masked, chosen)
-        empty = torch.full_like(block, -1, dtype=confidence.dtype)
-        confidence = empty.index_put(masked, confidence)
-        entropy = (empty * -torch.inf).index_put(masked, entropy)
-        is_end = self._is_end(tokens, ~is_masked)
-        again = is_end & (is_end.cumsum(1) > 1)
-        return tokens, confidence.masked_fill(again, 0.0), entropy.masked_fill(again, 1e4)
+        results = self._propose(logits, masked)
+        take_step(self.block, Proposal.of_masked(self.block, masked, results, self.mask_token_id), self.knobs)
+        return True
 
-    def _propose(self, logits: torch.Tensor, block: torch.Tensor, masked: tuple) -> tuple[torch.Tensor, ...]:
-        """Tokens, confidence and entropy, each [M], from logits [M, V]; `finish_block` raises if one is not finite."""
-        if self.plain is not None and use_sample_rows(logits):
-            chosen, *sureness, is_finite = sample_rows(logits, mask_token_id=self.mask_token_id, **self.plain)
-            self.is_finite &= is_finite.all()
-            return chosen.clamp(max=logits.shape[-1] - 1), *sureness
+    def _replay(self) -> bool:
+        """Take the step as two captured ones, the layers and the choice; False, and nothing done, if they cannot."""
+        clean = self.to_commit.get("input_ids"), self.to_commit.get("attention_mask")
+        inputs = {"noisy_input_ids": self.block.ids, "past_key_values": self.cache, "block_size": self.block_size}
+        if self.graphs(self.model.model, *clean, **inputs) is None:
+            return False
+        self.choice.replay()
+        self.nfe, self.to_commit = self.nfe + 1, {}
+        return True
+
+    def _propose(self, logits: torch.Tensor, masked: tuple) -> tuple[torch.Tensor, ...]:
+        """What a `Proposal` holds, each [M], from logits [M, V]; `finish_block` raises if a row is not finite."""
+        if self.is_suppressed is not None:
+            return sample_block(logits, self.block, self.block.places[masked], self.knobs)
         scores = logits.float()
         scores[:, self.mask_token_id] = -torch.inf
         probs = scores.softmax(-1)
-        self.is_finite &= probs[:, 0].isfinite().all()  # one logit that is NaN or infinite spoils all of its row
-        scores = self._process(scores, block, *masked)
+        scores = self._process(scores, self.block.ids, *masked)
         chosen = draw(scores.softmax(-1)) if self.config.do_sample else scores.argmax(-1, keepdim=True)
         chosen = chosen.clamp(max=logits.shape[-1] - 1)  # NaN draws a token beyond the last
         entropy = torch.full_like(probs[:, 0], torch.inf)
         if self.knobs["remasking_strategy"] == "entropy_bound":  # one more pass over [M, V] that no other asks for
             entropy = torch.special.entr(probs).sum(-1)
-        return chosen.squeeze(1), probs.gather(1, chosen).squeeze(1), entropy
+        # one logit that is NaN or infinite spoils all of its row
+        return chosen.squeeze(1), probs.gather(1, chosen).squeeze(1), entropy, probs[:, 0].isfinite()
 
     def _process(self, scores: torch.Tensor, block: torch.Tensor, rows, offsets) -> torch.Tensor:
         """Apply the processors to scores [M, V] of masked positions, given by row [M] and offset in the block [M].
@@ -347,31 +369,14 @@ class _Run:
             scores[chosen] = self.processors(history, scores[chosen])
         return scores
 
-    def settle(self, block, is_masked, accepted, tokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the accepted tokens into the block [B, L]; what follows a settled end token becomes end tokens."""
-        block, is_masked = torch.where(accepted, tokens, block), is_masked & ~accepted
-        is_end = self._is_end(block, is_masked)
-        last_end = torch.where(is_end, block, -1).cummax(1).values
-        after_end = is_masked & (is_end.cumsum(1) > 0)
-        # as in training, where the last block is filled with the end token
-        block, is_masked = torch.where(after_end, last_end, block), is_masked & ~after_end
-        self.history.append(block)
-        return block, is_masked
-
-    def _is_end(self, block: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
-        """[B, L] bool, generated end tokens after the prompt."""
-        columns = self.columns()
-        inside = (columns >= self.prompt_lengths[:, None]) & (columns < self.limits[:, None])
-        return torch.isin(block, self.eos) & ~is_masked & inside
-
-    def finish_block(self, block: torch.Tensor) -> torch.Tensor:
+    def finish_block(self) -> torch.Tensor:
         """Write the block back and look for an end; returns the new tokens of the first row [n]."""
-        check_logits(self.is_finite)
-        columns = self.columns()
+        check_logits(self.block.is_finite)
+        columns, block = self.columns(), self.block.ids
         writable = (columns < self.ids.shape[1]) & ~self.finished[:, None]
         rows = torch.arange(len(block), device=block.device)[:, None].expand_as(columns)
         self.ids[rows[writable], columns[writable]] = block[writable]
-        is_end = self._is_end(block, block == self.mask_token_id) & ~self.finished[:, None]
+        is_end = self.block.ends(block) & ~self.finished[:, None]
         first = columns.masked_fill(~is_end, torch.iinfo(columns.dtype).max).min(1).values
         self.ends = torch.where(is_end.any(1), first + 1, self.ends)
         settled = self.starts + self.block_size
@@ -382,12 +387,12 @@ class _Run:
             self.finished |= has_answer
         if self.criteria:
             self._ask_criteria()
-        return self.new_tokens(block) if not before[0] else block[0][:0]
+        return self.new_tokens() if not before[0] else block[0][:0]
 
-    def new_tokens(self, block: torch.Tensor) -> torch.Tensor:
+    def new_tokens(self) -> torch.Tensor:
         """[n] ids of the block that are part of the first row's answer."""
         columns = self.columns()[0]
-        return block[0][(columns >= self.prompt_lengths[0]) & (columns < self.ends[0])]
+        return self.block.ids[0][(columns >= self.prompt_lengths[0]) & (columns < self.ends[0])]
 
     def _ask_criteria(self) -> None:
         """End each row at the first new token that a criterion stops at.
@@ -407,9 +412,10 @@ class _Run:
     def is_done(self) -> bool:
         return bool(self.finished.all())
 
-    def commit(self, block: torch.Tensor) -> None:
+    def commit(self) -> None:
         """Have the block appended to the cache of every row that goes on, by the next forward pass."""
         self.flush()
+        block = self.block.ids.clone()
         mask = None if not self.finished.any() else (~self.finished)[:, None].expand_as(block).long()
         self.to_commit = {"input_ids": block, "attention_mask": mask, "use_cache": True}
         self.starts = torch.where(self.finished, self.starts, self.starts + self.block_size)

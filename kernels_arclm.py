@@ -76,8 +76,9 @@ if triton is not None:
             tl.store(states + ((batch * (N + 1) + after) * H + head) * K * V + of_state, state, mask=in_state)
 
     @triton.jit
-    def _sample_rows_kernel(
+    def _read_tiles_kernel(
         logits,
+        places,
         is_suppressed,
         seed,
         statistics,
@@ -91,6 +92,9 @@ if triton is not None:
     ):
         """Reduce one tile of one row of the logits to four numbers and a candidate; see `sample_rows`."""
         row, tile, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        place = tl.load(places + row).to(tl.int32)
+        if place == 0:
+            return
         column = tile * TILE + tl.arange(0, TILE)
         inside = column < vocabulary
         x = tl.load(logits + row.to(tl.int64) * row_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -104,7 +108,7 @@ if triton is not None:
 
         score = tl.where(tl.load(is_suppressed + column, mask=inside, other=True), float("-inf"), x)
         if SAMPLE:
-            bits, _, _, _ = tl.philox(tl.load(seed), column, row, 0, 0)
+            bits, _, _, _ = tl.philox(tl.load(seed), column, place, 0, 0)
             u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # in (0, 1)
             # -log(1 - u), exponentially distributed; the winners have small u, where 1 - u would round
             wait = tl.where(u < 0.00390625, u + 0.5 * u * u, -tl.log(1.0 - u))
@@ -117,6 +121,51 @@ if triton is not None:
         tl.store(statistics + 2 * size + cell, tl.sum(shift * weight))
         tl.store(statistics + 3 * size + cell, best)
         tl.store(candidates + cell, tile * TILE + index)
+
+    @triton.jit
+    def _join_tiles_kernel(
+        logits,
+        places,
+        statistics,
+        candidates,
+        tokens,
+        confidence,
+        entropy,
+        is_finite,
+        row_stride,
+        vocabulary,
+        mask_token_id,
+        num_tiles,
+        TILES: tl.constexpr,
+    ):
+        """Results of one row from what its tiles have left; see `sample_rows`."""
+        row = tl.program_id(0)
+        if tl.load(places + row) == 0:
+            tl.store(tokens + row, mask_token_id)
+            tl.store(confidence + row, -1.0)
+            tl.store(entropy + row, float("inf"))
+            tl.store(is_finite + row, 1)
+            return
+        tile = tl.arange(0, TILES)
+        inside, size = tile < num_tiles, tl.num_programs(0) * num_tiles
+        cell = statistics + row * num_tiles + tile
+        highest = tl.load(cell, mask=inside, other=float("-inf"))
+        total = tl.load(cell + size, mask=inside, other=0.0)
+        weighted = tl.load(cell + 2 * size, mask=inside, other=0.0)  # the sum of (x - highest) e^{x - highest}
+        best = tl.load(cell + 3 * size, mask=inside, other=float("-inf"))
+        # where all is NaN or -inf, any token of the vocabulary does
+        winner = tl.minimum(tl.argmax(best, 0), num_tiles - 1)
+        token = tl.minimum(tl.load(candidates + row * num_tiles + winner), vocabulary - 1)
+
+        top = tl.max(highest)
+        shift = tl.maximum(highest - top, -200.0)
+        weighted = tl.sum((weighted + shift * total) * tl.exp(shift))
+        total = tl.sum(total * tl.exp(shift))
+        logit = tl.load(logits + row.to(tl.int64) * row_stride + token).to(tl.float32)
+        tl.store(tokens + row, token.to(tl.int64))
+        tl.store(confidence + row, tl.exp(logit - top) / total)
+        tl.store(entropy + row, tl.log(total) - weighted / total)
+        tl.store(is_finite + row, (total > 0) & (total < float("inf")))
 
 
 def affine_scan(
@@ -162,6 +211,7 @@ def sample_rows(
     *,
     temperature: float | None = None,
     seed: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Propose a token for every row from one reading of its logits, in float32.
 
@@ -173,48 +223,40 @@ def sample_rows(
         is_suppressed: [V] bool, tokens that are not proposed; True for the mask token.
         mask_token_id: has no probability.
         temperature: > 0, or `None` for the most probable token, of equal ones the first.
-        seed: [1] int64 on the device of `logits`, drawn from torch's generator if `None`. The same seed gives a row at
-            the same place the same token.
+        seed: [1] int64 on the device of `logits`, needed with a temperature.
+        places: [R] int64, from 1 on, the row's number if `None`. The same seed gives the same logits at the same place
+            the same token, whatever the other rows. A row whose place is 0 is not read.
 
     Returns:
         tokens [R] int64; confidence [R] float32, the probability of each under softmax(logits); entropy [R] float32 of
         softmax(logits) in nats; is_finite [R] bool, False for a row without probabilities, as a logit of NaN or +inf
-        leaves it: its other results mean nothing.
+        leaves it: its other results mean nothing. A row that is not read has the mask token, -1,
+        infinity and True.
     """
     rows, vocabulary = logits.shape
-    num_tiles = triton.cdiv(vocabulary, VOCABULARY_TILE)
-    statistics = torch.empty(4, rows, num_tiles, device=logits.device)
-    candidates = torch.empty(rows, num_tiles, dtype=torch.int32, device=logits.device)
-    if seed is None and temperature is not None:
-        seed = torch.randint(2**62, (1,), device=logits.device)
+    num_tiles, device = triton.cdiv(vocabulary, VOCABULARY_TILE), logits.device
+    statistics = torch.empty(4, rows, num_tiles, device=device)
+    candidates = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
+    types = torch.long, torch.float32, torch.float32, torch.bool
+    results = tuple(torch.empty(rows, dtype=dtype, device=device) for dtype in types)
+    places = torch.arange(1, rows + 1, device=device) if places is None else places
+    tiles, sizes = (statistics, candidates), (logits.stride(0), vocabulary, mask_token_id)
     with torch.cuda.device_of(logits):
-        _sample_rows_kernel[(rows, num_tiles)](
+        _read_tiles_kernel[(rows, num_tiles)](
             logits,
+            places,
             is_suppressed.contiguous(),
-            candidates if seed is None else seed,  # without sampling any pointer does: it is not read
-            statistics,
-            candidates,
-            logits.stride(0),
-            vocabulary,
-            mask_token_id,
+            places if seed is None else seed,  # without sampling any pointer does: it is not read
+            *tiles,
+            *sizes,
             1.0 if temperature is None else float(temperature),
             SAMPLE=temperature is not None,
             TILE=VOCABULARY_TILE,
             num_warps=8,
         )
-    return _combine_tiles(logits, statistics, candidates)
-
-
-def _combine_tiles(logits: torch.Tensor, statistics: torch.Tensor, candidates: torch.Tensor) -> tuple:
-    """Tokens, confidence, entropy and whether there are probabilities, each [R], from [4, R, tiles] and [R, tiles]."""
-    highest, total, weighted, best = statistics  # weighted is the sum of (x - highest) e^{x - highest}
-    tokens = candidates.gather(1, best.argmax(1, keepdim=True)).long()
-    top = highest.amax(1, keepdim=True)
-    shift = (highest - top).clamp(min=-200)
-    weighted = ((weighted + shift * total) * shift.exp()).sum(1)
-    total = (total * shift.exp()).sum(1)
-    confidence = (logits.gather(1, tokens).float() - top).exp().squeeze(1) / total
-    return tokens.squeeze(1), confidence, total.log() - weighted / total, total.isfinite() & (total > 0)
+        padded = triton.next_power_of_2(num_tiles)
+        _join_tiles_kernel[(rows,)](logits, places, *tiles, *results, *sizes, num_tiles, TILES=padded, num_warps=1)
+    return results
 
 
 def fla_gated_delta_rule(
@@ -268,9 +310,9 @@ def use_affine_scan(update: torch.Tensor) -> bool:
     return fits and usable("affine_scan", update.device, key_dim, value_dim)
 
 
-def use_sample_rows(logits: torch.Tensor) -> bool:
-    """Whether `sample_rows` takes these logits [R, V]."""
-    return logits.dtype != torch.float64 and usable("sample_rows", logits.device)
+def use_sample_rows(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `sample_rows` takes logits of that type there."""
+    return dtype != torch.float64 and usable("sample_rows", device)
 
 
 def use_fla(inputs: Any, initial_state: torch.Tensor | None) -> bool:

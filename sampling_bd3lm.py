@@ -1,6 +1,5 @@
-"""The knobs of block-diffusion sampling, and the rule that accepts tokens at a denoising step."""
+"""The knobs of block-diffusion sampling, its logits processors, and what it says to bad input."""
 
-from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -53,72 +52,6 @@ OTHER_MODES = ("num_beams", "guidance_scale", "output_scores", "output_logits", 
 OTHER_MODES += ("force_words_ids", "constraints", "penalty_alpha", "dola_layers", "assistant_early_exit")
 
 
-def static_schedule(tokens: int, steps: int) -> list[int]:
-    """How many of so many tokens the static strategies accept at each step: those left over the steps left, rounded.
-
-    dLLM's linear schedule, without the steps whose share rounds to 0.
-    """
-    t = torch.tensor([step / steps for step in range(steps + 1)])
-    t = 1 - (1 - t)  # as dLLM computes it: the rounding of float32 decides the ties
-    counts = []
-    for ratio in (t[:-1] / t[1:]).flip(0).tolist():
-        counts.append(round((tokens - sum(counts)) * (1 - ratio)))
-    return [count for count in counts if count]
-
-
-@lru_cache  # asked at every denoising step, and the same for the whole run
-def static_schedules(block_size: int, steps: int, device: torch.device) -> torch.Tensor:
-    """[block_size + 1, steps] the static schedule of each number of tokens, 0 after its end."""
-    schedules = [static_schedule(tokens, steps) for tokens in range(block_size + 1)]
-    return torch.tensor([counts + [0] * (steps - len(counts)) for counts in schedules], device=device)
-
-
-def accept_tokens(
-    confidence: torch.Tensor,
-    entropy: torch.Tensor,
-    is_masked: torch.Tensor,
-    share_of: torch.Tensor,
-    step: int,
-    knobs: dict[str, Any],
-) -> torch.Tensor:
-    """Choose which masked positions of a block to fill at this denoising step.
-
-    Args:
-        confidence: [B, L] probability of each proposed token, -1 where not masked.
-        entropy: [B, L] in nats, infinite where not masked.
-        is_masked: [B, L] bool.
-        share_of: [B] how many tokens the static strategies spread over the steps, at least those masked at first.
-        step: denoising step, from 0.
-        knobs: `max_denoising_steps` S, `remasking_strategy`, `confidence_threshold`, `entropy_bound`.
-
-    Returns:
-        [B, L] bool, a subset of `is_masked`, with a position of every row that has one left. After S steps every
-        position of the block has been accepted.
-    """
-    strategy, steps = knobs["remasking_strategy"], knobs["max_denoising_steps"]
-    order = entropy if strategy == "entropy_bound" else -confidence  # the smallest is accepted first
-    if strategy == "random":
-        order = torch.rand_like(confidence)
-    elif strategy == "sequential":
-        order = torch.arange(confidence.shape[1], device=confidence.device).expand_as(confidence).float()
-    order = order.masked_fill(~is_masked, torch.inf).argsort(dim=1, stable=True)
-    rank = order.argsort(1)
-    if strategy in ("low_confidence_dynamic", "entropy_bound"):
-        # the steps that are left must suffice for the positions that are left
-        count = -(-is_masked.sum(1, keepdim=True) // (steps - step))
-        if strategy == "low_confidence_dynamic":
-            chosen = confidence > knobs["confidence_threshold"]
-        else:
-            # EB-sampler (arXiv:2505.24857): what tokens accepted together may know of each other is at most the sum of
-            # their entropies but for the largest
-            ascending = entropy.gather(1, order)
-            chosen = (ascending.cumsum(1) - ascending <= knobs["entropy_bound"]).gather(1, rank)
-    else:
-        count = static_schedules(confidence.shape[1], steps, confidence.device)[share_of, step, None]
-        chosen = torch.zeros_like(is_masked)
-    return (chosen | (rank < count)) & is_masked
-
-
 def draw(probs: torch.Tensor) -> torch.Tensor:
     """Draw a token for each row of probabilities [M, V], float32; returns [M, 1] int64.
 
@@ -164,8 +97,8 @@ def fast_processors(processors: list, generation_config, config, device: torch.d
     """Two of the processors replaced by those above, and what `sample_rows` does of them.
 
     Returns:
-        The processors in their order; `is_suppressed` [V] and `temperature` for `sample_rows`, `None` if a processor
-        does more than set these.
+        The processors in their order; for `sample_rows` `is_suppressed` [V], `None` if a processor does more than set
+        this or the temperature, and `temperature`.
     """
 
     def ours(processor):
@@ -179,7 +112,7 @@ def fast_processors(processors: list, generation_config, config, device: torch.d
 
     processors = LogitsProcessorList(map(ours, processors))
     if not all(type(x) in (SuppressTokens, TemperatureLogitsWarper) for x in processors):
-        return processors, None
+        return processors, None, None
     is_suppressed = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
     is_suppressed[config.mask_token_id] = True
     temperature = 1.0
@@ -188,8 +121,7 @@ def fast_processors(processors: list, generation_config, config, device: torch.d
             temperature *= processor.temperature
         else:
             is_suppressed |= processor.is_suppressed
-    plain = {"is_suppressed": is_suppressed, "temperature": temperature if generation_config.do_sample else None}
-    return processors, plain
+    return processors, is_suppressed, temperature if generation_config.do_sample else None
 
 
 def check_modes(generation_config) -> None:

@@ -54,6 +54,22 @@ def _tensors(tree) -> list[torch.Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
+def sample_rows(logits, is_suppressed, mask_token_id, *, temperature=None, seed=None, places):
+    """Stands for the Triton kernel of that name on a CPU, with random numbers of its own."""
+    column, is_read = torch.arange(logits.shape[1]), places > 0
+    scores = logits.float().masked_fill(column == mask_token_id, -torch.inf)
+    probs = scores.softmax(-1)
+    scores = scores.masked_fill(is_suppressed, -torch.inf)
+    if temperature is not None:
+        phase = (places[:, None] * len(column) + column + seed % 9973).double() * 12.9898
+        uniform = (phase.sin() * 43758.5453).frac().abs().clamp(1e-9, 1 - 1e-9)
+        scores = scores / temperature - (-uniform.log()).log()
+    tokens = torch.where(is_read, scores.argmax(-1), mask_token_id)
+    confidence = torch.where(is_read, probs.gather(1, tokens[:, None]).squeeze(1), -1.0)
+    entropy = torch.where(is_read, torch.special.entr(probs).sum(-1), torch.inf)
+    return tokens, confidence, entropy, probs[:, 0].isfinite() | ~is_read
+
+
 def graphs_of(model) -> DenoisingGraphs:
     graphs = DenoisingGraphs(Traced(model.device))
     graphs.renew(key_of(model.model))

@@ -140,13 +140,12 @@ def test_impossible_tokens_and_whatever_the_mask_token_has():
     assert_equal_to_pytorch(logits, suppressed())
 
 
-def draw(logits: torch.Tensor, is_suppressed: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
-    return kernels.sample_rows(logits, is_suppressed, 0, temperature=temperature)[0]
+def draw(logits: torch.Tensor, is_suppressed: torch.Tensor, seed: int = 0, **more) -> torch.Tensor:
+    return kernels.sample_rows(logits, is_suppressed, 0, temperature=0.5, seed=torch.tensor([seed]), **more)[0]
 
 
 def test_samples_follow_the_softmax_of_logits_over_temperature(monkeypatch):
     monkeypatch.setattr(kernels, "VOCABULARY_TILE", 8)
-    torch.manual_seed(0)
     probs = torch.tensor([0.0, 20.0, 3.0, 0.0, 8.0]) / 31  # the mask token and a suppressed one have none
     logits = (0.5 * probs.log()).clamp(min=-9).masked_fill(probs == 0, 9.0)
     counts = draw(logits.expand(600, -1), probs == 0).bincount(minlength=5)
@@ -157,22 +156,30 @@ def test_samples_follow_the_softmax_of_logits_over_temperature(monkeypatch):
 
 def test_the_seed_and_the_place_decide_the_sample():
     logits, is_suppressed = torch.zeros(6, V), suppressed()
-    draws = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        draws += [draw(logits, is_suppressed), draw(logits, is_suppressed)]
-    assert torch.equal(draws[0], draws[2])
-    assert torch.equal(draws[1], draws[3])
-    assert not torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[4])
+    draws = [draw(logits, is_suppressed, seed) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
     assert len(draws[0].unique()) > 3  # of 6 rows with the same logits
     # two thirds; noise that comes again in every tile would leave all ties to the first
-    assert (torch.cat(draws) >= 64).float().mean() > 0.5
+    assert (torch.cat(draws[1:]) >= 64).float().mean() > 0.5
+    some = draw(logits[:3], is_suppressed, places=torch.tensor([5, 1, 4]))
+    assert torch.equal(some, draws[0][[4, 0, 3]])
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_rows_without_a_place_are_not_read(temperature):
+    logits, places, seed = logits_of(5), torch.tensor([1, 0, 3, 0, 5]), torch.tensor([7])
+    expected = kernels.sample_rows(logits, suppressed(), MASK, temperature=temperature, seed=seed)
+    logits[1] = torch.nan
+    results = kernels.sample_rows(logits, suppressed(), MASK, temperature=temperature, seed=seed, places=places)
+    for result, whole, nothing in zip(results, expected, (MASK, -1.0, torch.inf, True), strict=True):
+        assert torch.equal(result, whole.where(places > 0, torch.tensor(nothing, dtype=whole.dtype)))
 
 
 def test_a_sample_has_the_confidence_of_temperature_1():
     logits = logits_of(5)
-    tokens, confidence, *_ = kernels.sample_rows(logits, suppressed(), MASK, temperature=5.0)
+    seed = torch.tensor([1])
+    tokens, confidence, *_ = kernels.sample_rows(logits, suppressed(), MASK, temperature=5.0, seed=seed)
     logits[:, MASK] = -torch.inf
     torch.testing.assert_close(confidence, logits.softmax(-1).gather(1, tokens[:, None]).squeeze(1))
 

@@ -5,12 +5,12 @@ import warnings
 import pytest
 import torch
 from captures import block, cache_error, new_memory
-from conftest import tiny_model, tokens
+from conftest import MASK, tiny_model, tokens
 from reference import error
 
 from arclm import graphs_arclm
 from arclm.graphs_arclm import borrow_graphs
-from arclm.sampling_bd3lm import draw
+from arclm.sampling_bd3lm import REMASKING_STRATEGIES, draw
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_grad", "small_columns")]
@@ -45,6 +45,54 @@ def test_replayed_text_equals_eager_text_on_a_gpu(context, shift):
     (graphs,) = graphs_arclm._IDLE[model.model]
     assert not graphs.failed
     assert all(set(context.passes) == {False, True} for context in graphs.contexts.values())
+
+
+@pytest.mark.parametrize("strategy", REMASKING_STRATEGIES)
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 1.5, "top_k": 0}])
+def test_the_captured_choice_gives_the_eager_text_on_a_gpu(strategy, sampling):
+    model, ids = gpu_model(), tokens(3, 37)
+    ids[0, :20] = 0
+    ids[2, 3] = ids[2, 20] = MASK
+    knobs = {"attention_mask": (ids != 0).long().cuda(), "max_new_tokens": 70, "return_dict_in_generate": True}
+    knobs |= {"remasking_strategy": strategy, "entropy_bound": 4.0, "confidence_threshold": 0.03, **sampling}
+    knobs |= {"eos_token_id": [1, *range(2, 6)], "suppress_tokens": [*range(20, 40)]}
+    outputs, numbers = [], []
+    for use in (False, True, True):
+        torch.manual_seed(3)
+        outputs.append(model.generate(ids.cuda(), **knobs, use_cuda_graphs=use))
+        numbers.append(torch.rand(1, device="cuda"))
+    for output in outputs[1:]:
+        assert torch.equal(output.sequences, outputs[0].sequences)
+        assert output.nfe == outputs[0].nfe
+        assert torch.equal(output.tokens_per_forward, outputs[0].tokens_per_forward)
+        assert all(torch.equal(*pair) for pair in zip(output.history, outputs[0].history, strict=True))
+    assert torch.equal(numbers[0], numbers[1])
+    (graphs,) = graphs_arclm._IDLE[model.model]
+    assert not graphs.failed
+    assert len(graphs.choices) == 1
+
+
+def test_many_calls_with_other_knobs_each_give_their_text_on_a_gpu():
+    model, x = gpu_model(), tokens(2, 20).cuda()
+    others = [{}, {"temperature": 0.7}, {"max_denoising_steps": 1}, {"block_size": 4}, {"do_sample": False}]
+    for _ in range(2):
+        for more in others:
+            knobs = {"max_new_tokens": 40, "do_sample": True, "top_k": 0, "eos_token_id": [], **more}
+            texts = []
+            for use in (False, True):
+                torch.manual_seed(5)
+                texts.append(model.generate(x, **knobs, use_cuda_graphs=use))
+            assert torch.equal(*texts), more
+    (graphs,) = graphs_arclm._IDLE[model.model]
+    assert len(graphs.choices) == len(others)
+
+
+def test_a_captured_choice_names_logits_that_are_not_finite_on_a_gpu():
+    model = gpu_model()
+    model.generate(tokens(1, 20).cuda(), max_new_tokens=20, do_sample=False)
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"not finite\. Check its weights"):
+        model.generate(tokens(1, 20).cuda(), max_new_tokens=20, do_sample=False)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
@@ -119,7 +167,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_sampling_goes_on_after_a_capture_that_failed_on_a_gpu(monkeypatch, fault):
+@pytest.mark.parametrize("top_k", [0, 50])  # the choice fails, or a pass
+def test_sampling_goes_on_after_a_capture_that_failed_on_a_gpu(monkeypatch, fault, top_k):
     class Failing(graphs_arclm.CudaCapture):
         def __call__(self, function):
             def fail():
@@ -133,7 +182,8 @@ def test_sampling_goes_on_after_a_capture_that_failed_on_a_gpu(monkeypatch, faul
     model, texts, stream = gpu_model(), [], torch.cuda.current_stream()
     for use in (False, True, True):
         torch.manual_seed(3)
-        texts.append(model.generate(tokens(1, 20).cuda(), max_new_tokens=40, do_sample=True, use_cuda_graphs=use))
+        knobs = {"max_new_tokens": 40, "do_sample": True, "top_k": top_k, "use_cuda_graphs": use}
+        texts.append(model.generate(tokens(1, 20).cuda(), **knobs))
     assert torch.equal(texts[1], texts[0])
     assert torch.equal(texts[2], texts[0])
     assert all(graphs.failed for graphs in graphs_arclm._IDLE[model.model])

@@ -274,12 +274,23 @@ def test_the_affine_scan_compiles_within_the_shared_memory_of_an_rtx_4090(capabi
 @pytest.mark.parametrize(("capability", "sample"), [(89, True), (90, False)])
 def test_the_sampler_compiles_and_reads_the_logits_once(capability, sample):
     pytest.importorskip("triton")
-    signature = {"logits": "*bf16", "is_suppressed": "*i1", "seed": "*i64", "statistics": "*fp32"}
+    signature = {"logits": "*bf16", "places": "*i64", "is_suppressed": "*i1", "seed": "*i64", "statistics": "*fp32"}
     signature |= {"candidates": "*i32", "row_stride": "i32", "vocabulary": "i32", "mask_token_id": "i32"}
     constants = {"SAMPLE": sample, "TILE": kernels.VOCABULARY_TILE}
-    compiled = compile_for(capability, kernels._sample_rows_kernel, signature | {"temperature": "fp32"}, constants)
+    compiled = compile_for(capability, kernels._read_tiles_kernel, signature | {"temperature": "fp32"}, constants)
     assert compiled.metadata.shared <= RTX_4090_SHARED_MEMORY
     assert compiled.asm["ttir"].count("tensor<4096x!tt.ptr<bf16>>") > 0
     loads = [line for line in compiled.asm["ttir"].splitlines() if "tt.load" in line and "bf16" in line]
     assert len(loads) == 1
+    assert "f64" not in compiled.asm["ttir"]
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+def test_what_joins_the_tiles_of_the_sampler_compiles(capability):
+    pytest.importorskip("triton")
+    signature = {"logits": "*bf16", "places": "*i64", "statistics": "*fp32", "candidates": "*i32", "tokens": "*i64"}
+    signature |= {"confidence": "*fp32", "entropy": "*fp32", "is_finite": "*i1"}
+    signature |= dict.fromkeys(("row_stride", "vocabulary", "mask_token_id", "num_tiles"), "i32")
+    compiled = compile_for(capability, kernels._join_tiles_kernel, signature, {"TILES": 64})
+    assert "cubin" in compiled.asm
     assert "f64" not in compiled.asm["ttir"]

@@ -12,14 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
 from arclm import graphs_arclm
-from arclm.sampling_bd3lm import (
-    REMASKING_STRATEGIES,
-    SuppressTokens,
-    accept_tokens,
-    draw,
-    static_schedule,
-    static_schedules,
-)
+from arclm.denoising_bd3lm import Block, Proposal, accept_tokens, static_schedule, static_schedules
+from arclm.sampling_bd3lm import REMASKING_STRATEGIES, SuppressTokens, draw
 
 
 @settings(max_examples=200, deadline=None)
@@ -34,12 +28,14 @@ def test_every_position_is_accepted_once_within_the_steps(confidence, steps, thr
     is_masked = torch.ones_like(scores, dtype=torch.bool)
     knobs = {"max_denoising_steps": steps, "remasking_strategy": strategy, "confidence_threshold": threshold}
     knobs["entropy_bound"] = threshold
+    others = {"can_end": is_masked, "share_of": torch.tensor([len(confidence)]), "end_tokens": torch.tensor([False])}
     for step in range(steps):
         if not is_masked.any():
             break
-        entropy = (1 - scores).masked_fill(~is_masked, torch.inf)
-        share_of = torch.tensor([len(confidence)])
-        accepted = accept_tokens(scores.masked_fill(~is_masked, -1.0), entropy, is_masked, share_of, step, knobs)
+        block = Block.of(0 * is_masked, is_masked, knobs, **others, row_steps=None, is_suppressed=None)
+        sureness = scores.masked_fill(~is_masked, -1.0), (1 - scores).masked_fill(~is_masked, torch.inf)
+        proposal = Proposal(0 * is_masked, *sureness, torch.ones_like(is_masked))
+        accepted = accept_tokens(block._replace(step=torch.tensor([step])), proposal, knobs)
         assert not (accepted & ~is_masked).any()
         assert accepted.any()
         is_masked = is_masked & ~accepted

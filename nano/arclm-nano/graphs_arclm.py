@@ -1,25 +1,31 @@
-"""Denoising under CUDA graphs: a forward pass is one launch instead of about two thousand, with the same results.
+"""Denoising under CUDA graphs: a step is two launches instead of about two thousand, with the same results.
 
 A graph replays kernels on the addresses it was captured with. So the context is copied into static buffers once per
-block, and a denoising step copies its block of ids in and replays (`DenoisingGraphs`). The buffers have a power of two
-of columns; those behind the context are masked. What is captured is `ArcLMModel.read`, embedding and layers: checks,
-masks and rotary embedding come before, once per block; the language-model head comes after, for what is masked only.
+block, and a denoising step replays the layers (`DenoisingGraphs`). The buffers have a power of two of columns; those
+behind the context are masked. What is captured is `ArcLMModel.read`, embedding and layers: checks, masks and rotary
+embedding come before, once per block.
 
 There are two passes over a static context: a denoising step, and the commit of a block with the first step on the
 block after it. `key_of` says what a captured pass depends on, and where there is none.
+
+After the pass comes the choice, `denoising_bd3lm.choose`, the second graph: head, proposals, acceptance. It changes a
+static block in place, whose ids the next pass reads. It computes logits for all positions of the block, as a graph has
+fixed shapes: the same weights are read, and the kernel skips what is not masked. `key_of_head` says what it depends
+on. Where it is not captured, the head comes eagerly, for what is masked only.
 """
 
 import threading
 import weakref
 from collections.abc import Callable
 from copy import copy, deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from .cache_arclm import ArcLMCache, append
+from .denoising_bd3lm import Block, choose
 from .streams_arclm import Streams, check_inputs
 
 
@@ -30,6 +36,12 @@ logger = logging.get_logger(__name__)
 MIN_COLUMNS = 1024
 # What a model may hold in static buffers, over all rows: 0.8 GB at 0.8B. Denoising beyond it is not captured.
 MAX_COLUMNS = 65_536
+# Positions of the blocks that a model may hold in captured choices, over all of them: each keeps logits for every
+# position, 0.5 GB at 0.8B. A choice for more is not captured: that computes logits for what is masked only.
+MAX_ROWS = 1024
+# What `choose` depends on beside the tensors that a block holds.
+CHOICE_KNOBS = ("remasking_strategy", "max_denoising_steps", "confidence_threshold", "entropy_bound")
+CHOICE_KNOBS += ("mask_token_id", "temperature")
 # What a cache holds for each layer, and the dimension in which it grows (0 where it does not).
 LAYERWISE = {"keys": 2, "values": 2, "conv_states": 0, "recurrent_states": 0}
 # PyTorch captures one graph at a time, and the wait for the device before one would invalidate another.
@@ -68,6 +80,18 @@ class CudaCapture:
 CAPTURES: dict[str, Callable] = {"cuda": CudaCapture}
 
 
+class Desk(NamedTuple):
+    """What the captured passes over blocks of one shape share.
+
+    Fields:
+        ids: [B, L] the noisy block, read by denoising steps.
+        hidden_states: [B, L, D], written by all passes: those that the logits of the noisy block come from.
+    """
+
+    ids: torch.Tensor
+    hidden_states: torch.Tensor
+
+
 class CapturedPass:
     """`ArcLMModel.read` over a static context: a denoising step, or a commit and a denoising step.
 
@@ -75,28 +99,27 @@ class CapturedPass:
         ids: [B, columns] static, the noisy block, then in a commit the clean one.
         streams: how they are read, static.
         stamp: that of the context when `streams` was made.
-        hidden_states: [B, L, D] static, those that the logits of the noisy block come from.
         committed: static, the last hidden states [B, L, D] of the clean block, and for each layer the new convolution
             states and recurrent states; empty in a denoising step.
     """
 
     def __init__(
-        self, model: nn.Module, context: "StaticContext", ids: torch.Tensor, streams: Streams, capture: Callable
+        self, model: nn.Module, context: "StaticContext", ids: torch.Tensor, streams: Streams, desk: "Desk", capture
     ):
-        self.ids, self.stamp = ids.clone(), None
-        self.streams = deepcopy(streams)
         commit = streams.num_noisy < ids.shape[1]
+        self.ids, self.stamp = ids.clone() if commit else desk.ids, None
+        self.streams = deepcopy(streams)
 
         def read() -> tuple:
             cache = copy(context.cache)
             for name in LAYERWISE:  # a commit replaces elements of these lists
                 setattr(cache, name, list(getattr(cache, name)))
             output = model.read(self.ids, self.streams, cache, commit=commit)
-            committed = (output.clean_last_hidden_state, cache.conv_states, cache.recurrent_states)
-            return output.predictive_hidden_state, committed if commit else ()
+            desk.hidden_states.copy_(output.predictive_hidden_state)
+            return (output.clean_last_hidden_state, cache.conv_states, cache.recurrent_states) if commit else ()
 
         with _ONE_CAPTURE:
-            self.replay, (self.hidden_states, self.committed) = capture(read)
+            self.replay, self.committed = capture(read)
 
     def lay_out(self, streams: Streams, stamp: torch.Tensor | None) -> None:
         """Copy streams of the same shapes in."""
@@ -162,6 +185,26 @@ class StaticContext:
         cache.advance(token_mask, clean_ids, hidden_states, block_size=clean_ids.shape[1])
 
 
+class CapturedChoice:
+    """What follows the layers in a denoising step, over a static block; a replay takes a step with it.
+
+    Fields:
+        block: static, its ids those that the captured passes read.
+    """
+
+    def __init__(self, head: nn.Module, block: Block, knobs: dict[str, Any], desk: Desk, capture: Callable):
+        self.block = block = Block(*(x.clone() for x in block))._replace(ids=desk.ids)
+        knobs = dict(knobs)
+        with _ONE_CAPTURE:
+            self.replay, _ = capture(lambda: choose(head, desk.hidden_states, block, knobs))
+
+    def load(self, block: Block) -> Block:
+        """Copy a block of the same shape in; returns the static one."""
+        for buffer, content in zip(self.block, block, strict=True):
+            buffer.copy_(content)
+        return self.block
+
+
 def _put(buffer: torch.Tensor, content: torch.Tensor | None, dim: int) -> None:
     """Copy `content` to the beginning of `buffer` along `dim`, and 0 behind it: no mask holds back an old NaN."""
     size = 0 if content is None else content.shape[dim]
@@ -176,12 +219,18 @@ class DenoisingGraphs:
     def __init__(self, capture: Callable):
         self.capture, self.key, self.failed = capture, None, False
         self.contexts: dict[tuple[int, int, int], StaticContext] = {}  # by batch, L, columns; the last used is last
+        self.desks: dict[tuple[int, int], Desk] = {}  # by batch, L
+        self.choices: dict[tuple, CapturedChoice] = {}  # by batch and all else they depend on; the last used is last
 
     def renew(self, key: tuple) -> None:
         """Forget what was captured under another key."""
         if key != self.key:
-            self.contexts.clear()
+            self._clear()
             self.key, self.failed = key, False
+
+    def _clear(self) -> None:
+        for captured in (self.contexts, self.choices, self.desks):
+            captured.clear()
 
     def __call__(
         self,
@@ -235,11 +284,46 @@ class DenoisingGraphs:
             except Exception as error:
                 self._give_up(error)
                 return None
-        captured.ids.copy_(ids)
+        if captured.ids is not ids:
+            captured.ids.copy_(ids)
         captured.replay()
         if commit:
             context.append_to(cache, captured.committed, ids[:, block_size:], token_mask)
-        return captured.hidden_states
+        return self._desk(model, noisy).hidden_states
+
+    def choice(self, model: nn.Module, block: Block, knobs: dict[str, Any]) -> CapturedChoice | None:
+        """The captured choice for an `ArcLMForDiffusionLM` and a block of that shape; for the knobs see `choose`.
+
+        `None` where it would have too many rows, under autocast, where the head or the class around it is not what
+        this package makes of them (`key_of_head`), and where a capture failed.
+        """
+        head_key = key_of_head(model)
+        if self.failed or head_key is None or torch.is_autocast_enabled(model.device.type):
+            return None
+        if block.ids.numel() > MAX_ROWS or block.ids.device != model.device:
+            return None
+        key = (*block.ids.shape, head_key, *(knobs[name] for name in CHOICE_KNOBS))
+        choice = self.choices.pop(key, None)
+        if choice is None:
+            while sum(batch * length for batch, length, *_ in (*self.choices, key)) > MAX_ROWS:
+                del self.choices[next(iter(self.choices))]
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    desk = self._desk(model.model, block.ids)
+                    choice = CapturedChoice(model.lm_head, block, knobs, desk, self.capture)
+            except Exception as error:
+                self._give_up(error)
+                return None
+        self.choices[key] = choice
+        return choice
+
+    def _desk(self, model: nn.Module, noisy: torch.Tensor) -> Desk:
+        """The desk for noisy blocks [B, L] like this one."""
+        key = tuple(noisy.shape)
+        if key not in self.desks:
+            hidden_states = model.embed_tokens.weight.new_zeros(*key, model.config.hidden_size)
+            self.desks[key] = Desk(torch.zeros_like(noisy), hidden_states)
+        return self.desks[key]
 
     def _context(self, model: nn.Module, key: tuple[int, int, int], cache: ArcLMCache) -> StaticContext:
         """The static context of that key, with `cache` in it."""
@@ -262,12 +346,13 @@ class DenoisingGraphs:
             streams = streams._replace(token_mask=torch.ones_like(ids[:, streams.num_noisy :], dtype=torch.bool))
         streams = streams._replace(order=None)  # the caller's order
         if commit not in context.passes:
-            context.passes[commit] = CapturedPass(model, context, ids, streams, self.capture)
+            desk = self._desk(model, ids[:, : streams.num_noisy])
+            context.passes[commit] = CapturedPass(model, context, ids, streams, desk, self.capture)
         context.passes[commit].lay_out(streams, context.stamp)
         return context.passes[commit]
 
     def _give_up(self, error: Exception) -> None:
-        self.contexts.clear()
+        self._clear()
         self.failed = True
         reason = str(error).partition("\n")[0]
         logger.warning_once(
@@ -301,17 +386,32 @@ def key_of(model: nn.Module) -> tuple | None:
     training, and with hooks or adapters, which are Python that a replay does not run. (The class around an
     `ArcLMModel` may have hooks: it is called as ever.)
     """
-    device, modules = model.device, list(model.modules())
-    tensors = [*model.parameters(), *model.buffers()]
+    device, config = model.device, model.config
     if device.type not in CAPTURES or model.training:
         return None
+    places = _places(model, device)
+    return None if places is None else (places, config._attn_implementation, config.right_shift_logits)
+
+
+def key_of_head(model: nn.Module) -> tuple | None:
+    """The same of a captured choice, which does not call the class around an `ArcLMModel` but its head alone.
+
+    `None` also where that class has hooks or another `forward` than in this package.
+    """
+    is_ours = type(model).forward.__module__ == type(model.model).__module__
+    return _places(model.lm_head, model.device) if is_ours and _runs_as_written(model) else None
+
+
+def _places(model: nn.Module, device: torch.device) -> tuple | None:
+    """The modules and where their weights are, `None` if they do something else than their class says."""
+    modules, tensors = list(model.modules()), [*model.parameters(), *model.buffers()]
     if any(type(x) not in (torch.Tensor, nn.Parameter) or x.device != device for x in tensors):
         return None
-    for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return None
-        if type(module).__module__.startswith("peft."):
-            return None
-    places = tuple((x.data_ptr(), x.dtype, x.device, x.shape, x.stride()) for x in tensors)
-    config = model.config
-    return places, tuple(map(id, modules)), config._attn_implementation, config.right_shift_logits
+    if not all(map(_runs_as_written, modules)):
+        return None
+    return tuple((x.data_ptr(), x.dtype, x.device, x.shape, x.stride()) for x in tensors), tuple(map(id, modules))
+
+
+def _runs_as_written(module: nn.Module) -> bool:
+    changes = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not changes and not type(module).__module__.startswith("peft.")
