@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .kernels_arclm import affine_scan, fla_gated_delta_rule, use_affine_scan, use_fla
+from .kernels_arclm import affine_scan, use_affine_scan
 
 
 CHUNK_SIZE = 64
@@ -67,8 +67,6 @@ def gated_delta_rule(
         without `need_final`; the N = ceil(T / block_size) states before each block [B, N, H, K, Vd], `None` without
         `block_size`.
     """
-    if block_size is None and use_fla(inputs, initial_state):
-        return fla_gated_delta_rule(inputs, initial_state, need_final=need_final)
     # autocast, as the Trainer's bf16, would round every product, and generation, without it, none
     with torch.autocast(inputs.v.device.type, enabled=False):
         return _gated_delta_rule(inputs, initial_state, block_size, need_final)
