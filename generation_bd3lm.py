@@ -246,7 +246,8 @@ class _Run:
         )
         more = self.config, self.model.config, self.ids.device
         self.processors, is_suppressed, temperature = fast_processors(processors, *more)
-        self.is_suppressed = is_suppressed if use_sample_rows(self.model.dtype, self.ids.device) else None
+        by_kernel = is_suppressed is not None and use_sample_rows(self.model.dtype, self.ids.device)
+        self.is_suppressed = is_suppressed if by_kernel else None
         self.knobs |= {"mask_token_id": self.mask_token_id, "temperature": temperature}
         criteria = self.model._get_stopping_criteria(
             generation_config=self.config,

@@ -351,6 +351,7 @@ def test_static_contexts_stay_within_their_bound(traced, monkeypatch):
         seen.append([(rows, columns) for rows, _, columns in graphs.contexts])
     # what was used last is kept
     assert seen == [[(1, 8)], [(1, 8), (1, 16)], [(1, 16), (1, 8)], [(1, 8), (2, 8)], [(4, 8)]]
+    assert list(graphs.desks) == [(4, L)]
 
 
 def test_memory_is_as_the_docstring_says():

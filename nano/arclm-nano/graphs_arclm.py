@@ -318,11 +318,13 @@ class DenoisingGraphs:
         return choice
 
     def _desk(self, model: nn.Module, noisy: torch.Tensor) -> Desk:
-        """The desk for noisy blocks [B, L] like this one."""
+        """The desk for noisy blocks [B, L] of this shape."""
         key = tuple(noisy.shape)
         if key not in self.desks:
+            in_use = {captured[:2] for captured in (*self.contexts, *self.choices)}
+            self.desks = {shape: desk for shape, desk in self.desks.items() if shape in in_use}
             hidden_states = model.embed_tokens.weight.new_zeros(*key, model.config.hidden_size)
-            self.desks[key] = Desk(torch.zeros_like(noisy), hidden_states)
+            self.desks[key] = Desk(torch.zeros(key, dtype=torch.long, device=noisy.device), hidden_states)
         return self.desks[key]
 
     def _context(self, model: nn.Module, key: tuple[int, int, int], cache: ArcLMCache) -> StaticContext:

@@ -113,6 +113,7 @@ if triton is not None:
             # -log(1 - u), exponentially distributed; the winners have small u, where 1 - u would round
             wait = tl.where(u < 0.00390625, u + 0.5 * u * u, -tl.log(1.0 - u))
             score = score / temperature - tl.log(wait)
+        score = tl.where(score == score, score, float("-inf"))  # NaN is not proposed
         best, index = tl.max(score, 0, return_indices=True)  # of equal ones the first
 
         cell, size = row * num_tiles + tile, tl.num_programs(0) * num_tiles
@@ -153,7 +154,7 @@ if triton is not None:
         total = tl.load(cell + size, mask=inside, other=0.0)
         weighted = tl.load(cell + 2 * size, mask=inside, other=0.0)  # the sum of (x - highest) e^{x - highest}
         best = tl.load(cell + 3 * size, mask=inside, other=float("-inf"))
-        # where all is NaN or -inf, any token of the vocabulary does
+        # where all is -inf, any token of the vocabulary does
         winner = tl.minimum(tl.argmax(best, 0), num_tiles - 1)
         token = tl.minimum(tl.load(candidates + row * num_tiles + winner), vocabulary - 1)
 
