@@ -216,7 +216,7 @@ def delta_rule(
     output = qkv.new_empty(batch, tokens, heads, value_dim)
     final = torch.empty_like(state) if need_final else state
     b, a = gates
-    tile = min(32 if batch * heads <= 64 else 64, value_dim)
+    tile = min(32, value_dim)
     _delta_rule_kernel[(value_dim // tile, batch * heads)](
         qkv,
         a,

@@ -20,6 +20,7 @@ from .linear_kernels_arclm import linear, rms_norm, silu_mul
 from .streams_arclm import Streams
 
 
+DEVICE = "cuda"  # the type that they run on
 MAX_QUERIES = 256  # of a row; more fill a GPU by themselves, as PyTorch's attention reads them
 FEW_ROWS = 64  # up to here a product waits for its weights, and is faster in one launch with what stands around it
 # What the kernels are compiled for.
@@ -112,13 +113,11 @@ def _products(x: torch.Tensor, layers: list[nn.Linear]) -> list[torch.Tensor]:
 
 
 def use_fused_layer(layer: nn.Module, config: Any, hidden_states: torch.Tensor, streams: Streams) -> bool:
-    """Whether `fused_layer` takes these hidden states [B, columns, D]: 16 bits, few columns, and nobody looks on."""
+    """Whether `fused_layer` takes these hidden states [B, columns, D]: 16 bits, no gradients, and nothing changed."""
     dtype, device = hidden_states.dtype, hidden_states.device
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != DEVICE or dtype not in (torch.bfloat16, torch.float16) or streams.noisy_blocks is not None:
         return False
-    if torch.is_grad_enabled() or layer.training or torch.is_autocast_enabled("cuda"):
-        return False
-    if streams.noisy_blocks is not None:
+    if torch.is_grad_enabled() or layer.training or torch.is_autocast_enabled(device.type):
         return False
     is_short = hidden_states.shape[1] <= MAX_QUERIES and len(streams.attention) == 1
     if not layer.is_linear and not (is_short and config._attn_implementation == "sdpa"):
@@ -156,7 +155,7 @@ def _fits(config: Any) -> bool:
 
 
 def _check_fused_layer(device: torch.device, layer_class: type, dtype: torch.dtype, is_linear: bool, *fields) -> float:
-    """A commit of 72 tokens, one of a block with a denoising step, and another step, against the layer in float32."""
+    """A commit of 36 tokens, one of a block with a denoising step, and another step, against the layer in float32."""
     kind = "linear_attention" if is_linear else "full_attention"
     config = ArcLMConfig(**dict(zip(FIELDS, fields, strict=True)), num_hidden_layers=1, layer_types=[kind])
     config._attn_implementation = "sdpa"
@@ -166,13 +165,13 @@ def _check_fused_layer(device: torch.device, layer_class: type, dtype: torch.dty
     layer = layer_class(config, 0).to(device).eval()
     for parameter in layer.parameters():
         parameter.copy_(normal(*parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3))
-    inputs = [normal(2, columns, config.hidden_size).to(dtype) for columns in (72, 24, 12)]
+    inputs = [normal(2, columns, config.hidden_size).to(dtype) for columns in (36, 24, 12)]
     layer = layer.to(dtype)
     for run, cast in ((fused_layer, dtype), (layer_class.forward, torch.float32)):
         cache, layer = ArcLMCache(1), layer.to(cast)
         mask = torch.ones(2, 12, dtype=torch.long, device=device)
         mask[1] = 0
-        for x, (clean, noisy) in zip(inputs, ((72, 0), (12, 12), (0, 12)), strict=True):
+        for x, (clean, noisy) in zip(inputs, ((36, 0), (12, 12), (0, 12)), strict=True):
             ids = [torch.zeros(2, n, dtype=torch.long, device=device) if n else None for n in (clean, noisy)]
             cache.lengths = torch.full((2,), cache.num_columns, device=device) if cache.num_columns else None
             padding = mask if clean == noisy else None
@@ -181,7 +180,7 @@ def _check_fused_layer(device: torch.device, layer_class: type, dtype: torch.dty
             access = CacheAccess(cache, streams.num_noisy, clean > 0)
             results.append(run(layer, x.to(cast), streams, access).float())
             cache.num_columns += clean
-            cache.token_mask = None if clean == 72 else torch.ones(2, 84, dtype=torch.bool, device=device)
+            cache.token_mask = None if clean == 36 else torch.ones(2, 48, dtype=torch.bool, device=device)
         results += [x.float() for x in (cache.keys + cache.recurrent_states) if x is not None]
     half = len(results) // 2
     return _error(tuple(results[:half]), tuple(results[half:]))

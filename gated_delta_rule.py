@@ -56,8 +56,7 @@ def gated_delta_rule(
     """Run the recurrence over T tokens.
 
     Args:
-        inputs: see `DeltaRuleInputs`. bfloat16 and float16 are computed in float32, but for the products of chunks in
-            flash-linear-attention.
+        inputs: see `DeltaRuleInputs`. bfloat16 and float16 are computed in float32.
         initial_state: [B, H, K, Vd], zero if `None`.
         block_size: any number >= 1; asks for the states at the boundaries of blocks counted from the first token.
         need_final: whether to compute the final state, which a noisy block would throw away.

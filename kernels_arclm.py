@@ -1,13 +1,11 @@
-"""Faster ways through three computations on a GPU, each with the results of the PyTorch code it stands in for.
+"""Faster ways through two computations on a GPU, each with the results of the PyTorch code it stands in for.
 
 - `affine_scan`, a Triton kernel: the states from chunk to chunk in `gated_delta_rule.py`, and their gradient.
-- `sample_rows`, a Triton kernel: the proposals of a denoising step in `generation_bd3lm.py`, from one reading of the
+- `sample_rows`, two Triton kernels: the proposals of a denoising step in `denoising_bd3lm.py`, from one reading of the
   logits.
-- `fla_gated_delta_rule`: the delta rule without gradients, by flash-linear-attention. Training does not use it: its
-  backward pass knows no boundary states, and is refused or wrong on Hopper with Triton 3.4.0 to 3.7.0.
 
-`usable` decides: on a GPU of compute capability 8.0 or more, after a small problem was computed right on that very
-device. Otherwise it says once why not, and PyTorch does the work.
+Whole layers are in `fused_arclm.py`. `usable` decides: on a GPU of compute capability 8.0 or more, after a small
+problem was computed right on that very device. Otherwise it says once why not, and PyTorch does the work.
 """
 
 from collections.abc import Callable

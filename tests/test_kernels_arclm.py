@@ -10,12 +10,12 @@ from types import ModuleType
 import pytest
 import torch
 
+from arclm import attention_kernels_arclm, delta_kernels_arclm, linear_kernels_arclm
 from arclm import kernels_arclm as kernels
-from arclm.gated_delta_rule import AffineScan, DeltaRuleInputs, gated_delta_rule
+from arclm.gated_delta_rule import AffineScan
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-RECURRENT, CHUNKED = "fused_recurrent_gated_delta_rule", "chunk_gated_delta_rule"
 RTX_4090_SHARED_MEMORY = 101_376
 
 
@@ -29,31 +29,6 @@ def warnings(monkeypatch):
     kernels.usable.cache_clear()
     yield said
     kernels.usable.cache_clear()
-
-
-@pytest.fixture
-def fla(monkeypatch):
-    """Put a flash-linear-attention in place whose functions are arcLM's own delta rule."""
-    modules = {name: ModuleType(name) for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule")}
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    modules["fla"].__version__, modules["fla"].ops = "0.6.3", modules["fla.ops"]
-    modules["fla.ops"].gated_delta_rule = module = modules["fla.ops.gated_delta_rule"]
-    module.calls = []
-
-    def imitate(name: str):
-        def rule(q, k, v, *, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel):
-            assert use_qk_l2norm_in_kernel
-            assert g.dtype == torch.float32
-            module.calls.append(name)
-            return gated_delta_rule(DeltaRuleInputs(q, k, v, g, beta), initial_state)[:2]  # fla's always has a final
-
-        setattr(module, name, rule)
-
-    imitate(RECURRENT)
-    imitate(CHUNKED)
-    modules["fla"].rules = module
-    return modules["fla"]
 
 
 def set_check(monkeypatch, name: str, check) -> None:
@@ -111,66 +86,6 @@ def test_without_triton_the_module_loads_and_says_so(warnings, monkeypatch):
     assert "Triton is not installed (pip install triton)" in warnings[0]
 
 
-@pytest.mark.parametrize("name", [RECURRENT, CHUNKED])
-def test_flash_linear_attention_is_checked_for_presence_and_version(warnings, fla, name, monkeypatch):
-    problem = (torch.float16, 2, 4, 10, 14)
-    monkeypatch.setattr(torch, "Generator", lambda device, real=torch.Generator: real())
-    monkeypatch.setattr(
-        torch, "randn", lambda shape, real=torch.randn, **kwargs: real(shape, **{**kwargs, "device": CPU})
-    )
-    assert kernels.usable(name, GPU, *problem)
-    assert fla.rules.calls == [name]
-    assert not warnings
-
-    kernels.usable.cache_clear()
-    fla.__version__ = "0.7.0"
-    assert not kernels.usable(name, GPU, *problem)
-    assert "flash-linear-attention is 0.7.0, and 0.6 is the tested one" in warnings[0]
-
-    kernels.usable.cache_clear()
-    monkeypatch.setitem(sys.modules, "fla", None)
-    assert not kernels.usable(name, GPU, *problem)
-    assert "flash-linear-attention is not installed (pip install" in warnings[1]
-    assert len(fla.rules.calls) == 1
-
-
-def delta_rule_inputs(tokens: int, dtype=torch.bfloat16) -> DeltaRuleInputs:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, g, beta = (
-        torch.randn(3, tokens, *shape, generator=generator) for shape in ((2, 10), (2, 10), (4, 14), (4,), (4,))
-    )
-    return DeltaRuleInputs(q.to(dtype), k.to(dtype), v.to(dtype), -g.exp(), beta.sigmoid().to(dtype))
-
-
-def test_flash_linear_attention_takes_what_is_in_16_bits_and_needs_no_gradient(monkeypatch):
-    asked = []
-    monkeypatch.setattr(kernels, "usable", lambda *question: asked.append(question) or True)
-    inputs = delta_rule_inputs(64)
-    assert kernels.use_fla(inputs, None)
-    assert kernels.use_fla(delta_rule_inputs(65, torch.float16), torch.zeros(3, 4, 10, 14))
-    assert asked == [(RECURRENT, CPU, torch.bfloat16, 2, 4, 10, 14), (CHUNKED, CPU, torch.float16, 2, 4, 10, 14)]
-
-    assert not kernels.use_fla(delta_rule_inputs(64, torch.float32), None)
-    assert not kernels.use_fla(inputs._replace(v=torch.zeros(3, 64, 4, 257, dtype=torch.bfloat16)), None)
-    with_gradient = inputs._replace(beta=inputs.beta.clone().requires_grad_())
-    assert not kernels.use_fla(with_gradient, None)
-    assert not kernels.use_fla(inputs, torch.zeros(3, 4, 10, 14, requires_grad=True))
-    with torch.no_grad():
-        assert kernels.use_fla(with_gradient, None)
-
-
-@pytest.mark.parametrize(("tokens", "name"), [(64, RECURRENT), (65, CHUNKED)])
-@pytest.mark.parametrize("need_final", [True, False])
-def test_fla_gated_delta_rule_returns_what_gated_delta_rule_does(fla, tokens, name, need_final):
-    inputs, state = delta_rule_inputs(tokens), torch.randn(3, 4, 10, 14)
-    output, final, boundary_states = kernels.fla_gated_delta_rule(inputs, state, need_final=need_final)
-    expected = gated_delta_rule(inputs, state, need_final=need_final)
-    assert fla.rules.calls == [name]
-    assert torch.equal(output, expected[0])
-    assert boundary_states is None
-    assert torch.equal(final, expected[1]) if need_final else final is None
-
-
 def test_the_affine_scan_takes_float32_and_at_most_128_keys(monkeypatch):
     monkeypatch.setattr(kernels, "usable", lambda *question: question == ("affine_scan", CPU, 128, 14))
     assert kernels.use_affine_scan(torch.zeros(1, 2, 3, 128, 14))
@@ -216,27 +131,19 @@ def test_the_self_check_of_the_sampler_sees_what_is_wrong(monkeypatch):
         assert not kernels._check_sample_rows(CPU) < 1e-4, wrong
 
 
-def test_the_self_check_of_the_delta_rule_sees_a_lost_decay(fla):
-    problem = RECURRENT, torch.bfloat16, 2, 4, 10, 14
-    assert kernels._check_fla(CPU, *problem) < 1e-2
-    right = fla.rules.fused_recurrent_gated_delta_rule
-    fla.rules.fused_recurrent_gated_delta_rule = lambda *args, g, **kwargs: right(*args, g=g * 0.9, **kwargs)
-    assert kernels._check_fla(CPU, *problem) > 2e-2
-
-
-def test_self_checks_leave_the_random_numbers_alone(fla, monkeypatch):
+def test_self_checks_leave_the_random_numbers_alone(monkeypatch):
     monkeypatch.setattr(kernels, "affine_scan", scan)
     monkeypatch.setattr(kernels, "sample_rows", rows)
     state = torch.get_rng_state()
     kernels._check_affine_scan(CPU, 10, 14)
     kernels._check_sample_rows(CPU)
-    kernels._check_fla(CPU, RECURRENT, torch.bfloat16, 2, 4, 10, 14)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("file", ["kernels_in_interpreter.py", "layers_in_interpreter.py"])
+def test_kernels_in_the_interpreter(file):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "kernels_in_interpreter.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", "PYTEST_XDIST_WORKER": ""}
     run = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -248,7 +155,7 @@ def triton_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compile_for(capability: int, kernel, signature: dict, constants: dict):
+def compile_for(capability: int, kernel, signature: dict, constants: dict, **options):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -258,7 +165,8 @@ def compile_for(capability: int, kernel, signature: dict, constants: dict):
     signature = signature | dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(signature.values()) if type_[0] == "*"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8, "num_stages": 2})
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": 8, "num_stages": 2} | options)
 
 
 @pytest.mark.parametrize(("capability", "reverse"), [(89, False), (89, True), (90, True)])
@@ -294,3 +202,26 @@ def test_what_joins_the_tiles_of_the_sampler_compiles(capability):
     compiled = compile_for(capability, kernels._join_tiles_kernel, signature, {"TILES": 64})
     assert "cubin" in compiled.asm
     assert "f64" not in compiled.asm["ttir"]
+
+
+def test_the_kernels_of_a_layer_compile_within_the_shared_memory_of_an_rtx_4090():
+    """At the shapes of Qwen3.5-0.8B, with the tiles that the functions around the kernels choose."""
+    pytest.importorskip("triton")
+    numbers = {"H": 16, "KEY_HEADS": 16, "K": 128, "V": 128, "C": delta_kernels_arclm.CHUNK, "V_TILE": 32}
+    delta_rule = delta_kernels_arclm._delta_rule_kernel, numbers | {"HAS_MASK": True, "NEED_FINAL": True}, 3
+    numbers = {"KEY_HEADS": 2, "D": 256, "HAS_MASK": True, "M_TILE": 32, "N_TILE": 32}
+    attention = attention_kernels_arclm._attention_kernel, numbers, 2
+    numbers = {"N0": 3584, "N1": 3584, "N2": 0, "N3": 0, "D": 1024, "NORM": True, "GATED": True, "ADD": True}
+    linear = linear_kernels_arclm._linear_kernel, numbers | {"M_TILE": 64, "N_TILE": 64, "D_TILE": 64}, 4
+    types = {"eps": "fp32", "scale": "fp32", "mask": "*i1", "is_token": "*i1"}
+    types |= dict.fromkeys(
+        ("A_log", "state", "final_state", "partial", "statistics", "squares", "next_squares"), "*fp32"
+    )
+    sizes = "tokens rows parts columns split_size mask_batch mask_row gate_batch gate_row"
+    sizes += " key_batch key_head key_row value_batch value_head value_row"
+    for kernel, constants, stages in (delta_rule, attention, linear):
+        names = [name for name in kernel.arg_names if name not in constants]
+        signature = {name: types.get(name, "i32" if name in sizes.split() else "*bf16") for name in names}
+        ordered = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+        compiled = compile_for(89, kernel, ordered, constants, num_warps=4, num_stages=stages)
+        assert compiled.metadata.shared <= RTX_4090_SHARED_MEMORY, kernel
