@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .kernels_arclm import affine_scan, fla_gated_delta_rule, use_affine_scan, use_fla
+from .kernels_arclm import affine_scan, use_affine_scan
 
 
 CHUNK_SIZE = 64
@@ -56,8 +56,7 @@ def gated_delta_rule(
     """Run the recurrence over T tokens.
 
     Args:
-        inputs: see `DeltaRuleInputs`. bfloat16 and float16 are computed in float32, but for the products of chunks in
-            flash-linear-attention.
+        inputs: see `DeltaRuleInputs`. bfloat16 and float16 are computed in float32.
         initial_state: [B, H, K, Vd], zero if `None`.
         block_size: any number >= 1; asks for the states at the boundaries of blocks counted from the first token.
         need_final: whether to compute the final state, which a noisy block would throw away.
@@ -67,8 +66,6 @@ def gated_delta_rule(
         without `need_final`; the N = ceil(T / block_size) states before each block [B, N, H, K, Vd], `None` without
         `block_size`.
     """
-    if block_size is None and use_fla(inputs, initial_state):
-        return fla_gated_delta_rule(inputs, initial_state, need_final=need_final)
     # autocast, as the Trainer's bf16, would round every product, and generation, without it, none
     with torch.autocast(inputs.v.device.type, enabled=False):
         return _gated_delta_rule(inputs, initial_state, block_size, need_final)

@@ -1,21 +1,17 @@
-"""Faster ways through three computations on a GPU, each with the results of the PyTorch code it stands in for.
+"""Faster ways through two computations on a GPU, each with the results of the PyTorch code it stands in for.
 
 - `affine_scan`, a Triton kernel: the states from chunk to chunk in `gated_delta_rule.py`, and their gradient.
-- `sample_rows`, a Triton kernel: the proposals of a denoising step in `generation_bd3lm.py`, from one reading of the
+- `sample_rows`, two Triton kernels: the proposals of a denoising step in `denoising_bd3lm.py`, from one reading of the
   logits.
-- `fla_gated_delta_rule`: the delta rule without gradients, by flash-linear-attention. Training does not use it: its
-  backward pass knows no boundary states, and is refused or wrong on Hopper with Triton 3.4.0 to 3.7.0.
 
-`usable` decides: on a GPU of compute capability 8.0 or more, after a small problem was computed right on that very
-device. Otherwise it says once why not, and PyTorch does the work.
+Whole layers are in `fused_arclm.py`. `usable` decides: on a GPU of compute capability 8.0 or more, after a small
+problem was computed right on that very device. Otherwise it says once why not, and PyTorch does the work.
 """
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers.utils import logging
 
 
@@ -28,10 +24,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 MIN_CAPABILITY = (8, 0)
-FLA_VERSION = "0.6"  # major and minor of the tested flash-linear-attention; its interface moves with every minor
 MAX_SCAN_DIM = 128  # a transition [K, K] stays in shared memory, of which an RTX 4090 gives 101,376 bytes to a program
-MAX_FLA_DIM = 256
-RECURRENT_TOKENS = 64
 VOCABULARY_TILE = 4096
 
 
@@ -260,50 +253,6 @@ def sample_rows(
     return results
 
 
-def fla_gated_delta_rule(
-    inputs: Any, initial_state: torch.Tensor | None = None, *, need_final: bool = True
-) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-    """`gated_delta_rule` without boundary states and gradients, by flash-linear-attention.
-
-    Up to 64 tokens, a block, are one launch that computes in float32; more are read in chunks, with products of 16
-    bits.
-
-    Args:
-        inputs: `DeltaRuleInputs` with q, k and v in bfloat16 or float16.
-        initial_state: [B, H, K, Vd], zero if `None`.
-        need_final: whether to compute the final state.
-
-    Returns:
-        As `gated_delta_rule`: outputs [B, T, H, Vd] in the dtype of v; the final state [B, H, K, Vd] float32, or
-        `None`; `None`.
-    """
-    output, final = _fla(fla_kernel(inputs))(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        g=inputs.g.float(),
-        beta=inputs.beta,
-        initial_state=None if initial_state is None else initial_state.float(),
-        output_final_state=need_final,
-        use_qk_l2norm_in_kernel=True,
-    )
-    return output, final if need_final else None, None
-
-
-def fla_kernel(inputs: Any) -> str:
-    """Name the function of flash-linear-attention for these inputs."""
-    is_short = inputs.q.shape[1] <= RECURRENT_TOKENS
-    return "fused_recurrent_gated_delta_rule" if is_short else "chunk_gated_delta_rule"
-
-
-def _fla(name: str) -> Callable | None:
-    try:  # here, as importing it takes seconds
-        from fla.ops import gated_delta_rule
-    except ImportError:
-        return None
-    return getattr(gated_delta_rule, name)
-
-
 def use_affine_scan(update: torch.Tensor) -> bool:
     """Whether `affine_scan` takes an update [B, N, H, K, Vd]."""
     key_dim, value_dim = update.shape[-2:]
@@ -314,17 +263,6 @@ def use_affine_scan(update: torch.Tensor) -> bool:
 def use_sample_rows(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `sample_rows` takes logits of that type there."""
     return dtype != torch.float64 and usable("sample_rows", device)
-
-
-def use_fla(inputs: Any, initial_state: torch.Tensor | None) -> bool:
-    """Whether `fla_gated_delta_rule` takes these inputs: 16 bits, and nobody wants a gradient."""
-    key_heads, key_dim, heads, value_dim = *inputs.k.shape[2:], *inputs.v.shape[2:]
-    if inputs.v.dtype not in (torch.bfloat16, torch.float16) or max(key_dim, value_dim) > MAX_FLA_DIM:
-        return False
-    tensors = inputs if initial_state is None else (*inputs, initial_state)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    return usable(fla_kernel(inputs), inputs.v.device, inputs.v.dtype, key_heads, heads, key_dim, value_dim)
 
 
 @cache
@@ -355,14 +293,6 @@ def _obstacle(kernel: str, device: torch.device, problem: tuple) -> str | None:
     if capability < MIN_CAPABILITY:
         return "its compute capability is {}.{}, and {}.{} is the least".format(*capability, *MIN_CAPABILITY)
     check, bound = CHECKS[kernel]
-    if check is _check_fla:
-        try:
-            from fla import __version__ as version
-        except ImportError:
-            return 'flash-linear-attention is not installed (pip install "flash-linear-attention>=0.6,<0.7")'
-        if version.split(".")[:2] != FLA_VERSION.split("."):
-            return f"flash-linear-attention is {version}, and {FLA_VERSION} is the tested one"
-        problem = kernel, *problem
     with torch.no_grad():
         error = check(device, *problem)
     return None if error <= bound else f"its self-check is off by {error:.1e}, and {bound:.0e} is allowed"
@@ -414,33 +344,8 @@ def _check_sample_rows(device: torch.device) -> float:
     return exact if is_right else float("nan")
 
 
-def _check_fla(
-    device: torch.device, kernel: str, dtype, key_heads: int, heads: int, key_dim: int, value_dim: int
-) -> float:
-    """A block, or two chunks and a bit, against the recurrence in float64."""
-    normal = _normal_numbers(device)
-    tokens = RECURRENT_TOKENS if kernel.startswith("fused") else 2 * RECURRENT_TOKENS + 3
-    q, k = (normal(2, tokens, key_heads, key_dim).to(dtype) for _ in range(2))
-    v = normal(2, tokens, heads, value_dim).to(dtype)
-    g, beta = F.logsigmoid(normal(2, tokens, heads) + 3), normal(2, tokens, heads).sigmoid()
-    initial_state = normal(2, heads, key_dim, value_dim)
-    results = _fla(kernel)(
-        q, k, v, g=g, beta=beta, initial_state=initial_state, output_final_state=True, use_qk_l2norm_in_kernel=True
-    )
-    q, k = (F.normalize(x.double(), dim=-1).repeat_interleave(heads // key_heads, 2) for x in (q, k))
-    state, outputs = initial_state.double(), []
-    for t in range(tokens):
-        state = state * g[:, t, :, None, None].double().exp()
-        written = beta[:, t, :, None] * (v[:, t] - (k[:, t, :, None] @ state).squeeze(2))
-        state = state + k[:, t, :, :, None] * written[:, :, None]
-        outputs.append((q[:, t, :, None] @ state).squeeze(2) * key_dim**-0.5)
-    return _error(results, (torch.stack(outputs, 1), state))
-
-
-# each kernel's self-check and the relative error it is allowed: float32, and products of 16 bits
+# Each kernel's self-check and the relative error it is allowed. `fused_arclm.py` adds its own.
 CHECKS = {
     "affine_scan": (_check_affine_scan, 1e-4),
     "sample_rows": (_check_sample_rows, 1e-4),
-    "fused_recurrent_gated_delta_rule": (_check_fla, 2e-2),
-    "chunk_gated_delta_rule": (_check_fla, 2e-2),
 }

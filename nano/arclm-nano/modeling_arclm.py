@@ -31,6 +31,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .attention_arclm import ArcLMAttention
 from .cache_arclm import ArcLMCache, CacheAccess, last_tokens
 from .configuration_arclm import ArcLMConfig
+from .fused_arclm import fused_layer, use_fused_layer
 from .gated_delta_rule import DeltaRuleInputs, gated_delta_rule
 from .generation_bd3lm import BD3LMGenerationMixin
 from .layers_arclm import ArcLMConv1d, ArcLMRMSNormGated, use_arclm_linear
@@ -136,6 +137,7 @@ class ArcLMDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ArcLMConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.is_linear = config.layer_types[layer_idx] == "linear_attention"
         if self.is_linear:
             self.linear_attn = ArcLMGatedDeltaNet(config, layer_idx)
@@ -149,6 +151,8 @@ class ArcLMDecoderLayer(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None, keep: int | None = None
     ) -> torch.Tensor:
         """Map hidden states [B, columns, D] to hidden states of the same shape, or of the first `keep` columns."""
+        if keep is None and use_fused_layer(self, self.config, hidden_states, streams):
+            return fused_layer(self, hidden_states, streams, access)
         normed = self.input_layernorm(hidden_states)
         if self.is_linear:
             mixed = self.linear_attn(normed, streams, access)

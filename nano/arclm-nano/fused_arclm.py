@@ -1,0 +1,189 @@
+"""Layers of a pass without gradients on a GPU in 16 bits, in a few Triton kernels each.
+
+A denoising step reads 1.5 GB of weights in half a millisecond, but launches some 1,600 operations in plain PyTorch,
+and each costs 2 us however small it is. Here a layer is some ten launches (`fused_layer`), and the delta rule of a
+block is matrix products instead of 64 steps one after the other (`delta_rule`).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention_kernels_arclm import attention, query_key
+from .cache_arclm import ArcLMCache, CacheAccess, last_tokens
+from .configuration_arclm import ArcLMConfig
+from .delta_kernels_arclm import convolution, delta_rule, gated_norm
+from .kernels_arclm import CHECKS, _error, _normal_numbers, usable
+from .layers_arclm import ArcLMLinear
+from .linear_kernels_arclm import linear, rms_norm, silu_mul
+from .streams_arclm import Streams
+
+
+DEVICE = "cuda"  # the type that they run on
+MAX_QUERIES = 256  # of a row; more fill a GPU by themselves, as PyTorch's attention reads them
+FEW_ROWS = 64  # up to here a product waits for its weights, and is faster in one launch with what stands around it
+# What the kernels are compiled for.
+FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "hidden_act",
+    "rms_norm_eps",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
+)
+
+
+def fused_layer(
+    layer: nn.Module, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None
+) -> torch.Tensor:
+    """`ArcLMDecoderLayer` without gradients: hidden states [B, columns, D] to hidden states."""
+    batch, mlp, norm = len(hidden_states), layer.mlp, layer.post_attention_layernorm
+    x = hidden_states.flatten(0, 1).contiguous()
+    normed = rms_norm(x, layer.input_layernorm)
+    if layer.is_linear:
+        mixed, project = _delta_net(layer.linear_attn, normed, batch, streams, access), layer.linear_attn.out_proj
+    else:
+        mixed, project = _attend(layer.self_attn, normed, batch, streams, access), layer.self_attn.o_proj
+    if len(x) <= FEW_ROWS:
+        x, scaled = linear(mixed, [project], residual=x, next_norm=norm)
+        x = linear(linear(scaled, [mlp.gate_proj, mlp.up_proj], gated=True), [mlp.down_proj], residual=x)
+    else:
+        x = torch.addmm(x, mixed, project.weight.T)
+        normed = rms_norm(x, norm)
+        x = torch.addmm(x, silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed)), mlp.down_proj.weight.T)
+    return x.view(hidden_states.shape)
+
+
+def _delta_net(net: nn.Module, x: torch.Tensor, batch: int, streams: Streams, access) -> torch.Tensor:
+    """`ArcLMGatedDeltaNet` up to `out_proj`, of its normed input; x and the result [B * columns, ...]."""
+    layers = [net.in_proj_qkv, net.in_proj_z, net.in_proj_b, net.in_proj_a]
+    mixed, gate, b, a = (y.unflatten(0, (batch, -1)) for y in _products(x, layers))
+    cache, split, outputs = None if access is None else access.cache, streams.num_noisy, []
+    history = None if cache is None else cache.conv_states[net.layer_idx]
+    state = None if cache is None else cache.recurrent_states[net.layer_idx]
+    heads, key_heads = len(net.A_log), net.key_dim // net.head_k_dim
+    if history is None:
+        history = mixed.new_zeros(batch, net.kernel - 1, mixed.shape[-1])
+        state = mixed.new_zeros(batch, heads, net.head_k_dim, net.head_v_dim, dtype=torch.float32)
+
+    def read(columns: slice, token_mask: torch.Tensor | None, need_final: bool) -> torch.Tensor | None:
+        of_heads = {"head_dim": net.head_k_dim, "num_keys": 2 * key_heads, "normalise": True}
+        qkv = convolution(mixed[:, columns], history, net.conv1d.weight, **of_heads)
+        gates, decay = (b[:, columns], a[:, columns]), (net.A_log, net.dt_bias)
+        output, final = delta_rule(qkv, gates, decay, state, token_mask, key_heads=key_heads, need_final=need_final)
+        outputs.append(output)
+        return final
+
+    if split < mixed.shape[1]:
+        state = read(slice(split, None), streams.token_mask, need_final=True)
+        padded = torch.cat((history, mixed[:, split:]), 1)
+        history = last_tokens(padded, net.kernel - 1, streams.token_mask)
+    if split:
+        read(slice(split), None, need_final=False)
+    if access is not None and access.commit:
+        cache.conv_states[net.layer_idx], cache.recurrent_states[net.layer_idx] = history, state
+    output = torch.cat(outputs[::-1], 1) if outputs[1:] else outputs[0]
+    return gated_norm(output.flatten(0, 1), gate.flatten(0, 1), net.norm).flatten(1)
+
+
+def _attend(layer: nn.Module, x: torch.Tensor, batch: int, streams: Streams, access) -> torch.Tensor:
+    """`ArcLMAttention` up to `o_proj`, of its normed input; x and the result [B * columns, ...]."""
+    products = _products(x, [layer.q_proj, layer.k_proj, layer.v_proj])
+    query_gate, key, value = (y.unflatten(0, (batch, -1)) for y in products)
+    queries, keys = query_key(query_gate, key, (streams.cos, streams.sin), layer)
+    values = value.unflatten(2, (-1, layer.head_dim)).transpose(1, 2)
+    if access is not None:
+        keys, values = access.update(keys, values, layer.layer_idx)
+    (part,) = streams.attention
+    return attention(queries, keys, values, part.mask, query_gate, layer.scaling).flatten(0, 1)
+
+
+def _products(x: torch.Tensor, layers: list[nn.Linear]) -> list[torch.Tensor]:
+    """The products of x [rows, D] with several weights, each [rows, N], the last dimension contiguous."""
+    if len(x) <= FEW_ROWS:
+        return list(linear(x, layers).split([layer.out_features for layer in layers], 1))
+    return [layer(x) for layer in layers]
+
+
+def use_fused_layer(layer: nn.Module, config: Any, hidden_states: torch.Tensor, streams: Streams) -> bool:
+    """Whether `fused_layer` takes these hidden states [B, columns, D]: 16 bits, no gradients, and nothing changed."""
+    dtype, device = hidden_states.dtype, hidden_states.device
+    if device.type != DEVICE or dtype not in (torch.bfloat16, torch.float16) or streams.noisy_blocks is not None:
+        return False
+    if torch.is_grad_enabled() or layer.training or torch.is_autocast_enabled(device.type):
+        return False
+    is_short = hidden_states.shape[1] <= MAX_QUERIES and len(streams.attention) == 1
+    if not layer.is_linear and not (is_short and config._attn_implementation == "sdpa"):
+        return False
+    if not _is_plain(layer, dtype, device):
+        return False
+    return usable("fused_layer", device, type(layer), dtype, layer.is_linear, *(getattr(config, x) for x in FIELDS))
+
+
+def _is_plain(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the layer is what its class made: no hook, no adapter, nothing quantised, no bias."""
+    for module in layer.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return False
+        if isinstance(module, nn.Linear) and (
+            type(module).forward not in (nn.Linear.forward, ArcLMLinear.forward)
+            or type(module.weight) is not nn.Parameter
+            or (module.weight.dtype, module.weight.device, module.bias) != (dtype, device, None)
+        ):
+            return False
+        if type(module).__module__.startswith("peft."):
+            return False
+    return True
+
+
+def _fits(config: Any) -> bool:
+    """Whether the kernels have tiles for these shapes."""
+    powers = (config.head_dim, config.linear_key_head_dim, config.linear_value_head_dim)
+    return (
+        config.hidden_act == "silu"
+        and all(16 <= x <= 256 and x & (x - 1) == 0 for x in powers)
+        and config.linear_key_head_dim == config.linear_value_head_dim <= 128
+        and all(x % 16 == 0 for x in (config.hidden_size, config.intermediate_size))
+    )
+
+
+def _check_fused_layer(device: torch.device, layer_class: type, dtype: torch.dtype, is_linear: bool, *fields) -> float:
+    """A commit of 36 tokens, one of a block with a denoising step, and another step, against the layer in float32."""
+    kind = "linear_attention" if is_linear else "full_attention"
+    config = ArcLMConfig(**dict(zip(FIELDS, fields, strict=True)), num_hidden_layers=1, layer_types=[kind])
+    config._attn_implementation = "sdpa"
+    if not _fits(config):
+        raise ValueError("there are no tiles for the shapes of this model")
+    normal, results = _normal_numbers(device), []
+    layer = layer_class(config, 0).to(device).eval()
+    for parameter in layer.parameters():
+        parameter.copy_(normal(*parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3))
+    inputs = [normal(2, columns, config.hidden_size).to(dtype) for columns in (36, 24, 12)]
+    layer = layer.to(dtype)
+    for run, cast in ((fused_layer, dtype), (layer_class.forward, torch.float32)):
+        cache, layer = ArcLMCache(1), layer.to(cast)
+        mask = torch.ones(2, 12, dtype=torch.long, device=device)
+        mask[1] = 0
+        for x, (clean, noisy) in zip(inputs, ((36, 0), (12, 12), (0, 12)), strict=True):
+            ids = [torch.zeros(2, n, dtype=torch.long, device=device) if n else None for n in (clean, noisy)]
+            cache.lengths = torch.full((2,), cache.num_columns, device=device) if cache.num_columns else None
+            padding = mask if clean == noisy else None
+            _, streams = Streams.of(*ids, padding, block_size=12, cache=cache)
+            streams = streams.for_layers(config, cache, cast)
+            access = CacheAccess(cache, streams.num_noisy, clean > 0)
+            results.append(run(layer, x.to(cast), streams, access).float())
+            cache.num_columns += clean
+            cache.token_mask = None if clean == 36 else torch.ones(2, 48, dtype=torch.bool, device=device)
+        results += [x.float() for x in (cache.keys + cache.recurrent_states) if x is not None]
+    half = len(results) // 2
+    return _error(tuple(results[:half]), tuple(results[half:]))
+
+
+CHECKS["fused_layer"] = (_check_fused_layer, 3e-2)
