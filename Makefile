@@ -15,7 +15,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-GPU_SCRIPTS ?= gpu_tests generate_speed train_speed train_memory optimizers scaling
+GPU_SCRIPTS ?= denoising_step gpu_tests generate_speed train_speed train_memory optimizers scaling
 OUT ?= benchmarks/results
 DLLM ?=
 
@@ -30,7 +30,7 @@ RUN := $(VENV)/bin/python
 endif
 INSTALL := $(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e
 
-.PHONY: demo test check lint format nano-code gpu gpu_tests generate_speed train_speed train_memory optimizers scaling
+.PHONY: demo test check lint format nano-code gpu gpu_tests denoising_step generate_speed train_speed train_memory optimizers scaling
 .NOTPARALLEL: # what is measured is measured alone
 .DEFAULT_GOAL := test
 
@@ -69,7 +69,7 @@ gpu_tests: $(READY_FOR_GPU)
 	$(RUN) -m pytest -q -m gpu tests/test_*gpu.py $(PYTEST_ARGS)
 
 generate_speed train_speed: OPTIONS = $(if $(DLLM),--dllm "$(DLLM)")
-generate_speed train_speed train_memory optimizers scaling: $(READY_FOR_GPU)
+denoising_step generate_speed train_speed train_memory optimizers scaling: $(READY_FOR_GPU)
 	@why=$$($(RUN) benchmarks/$@.py --help 2>&1) || { echo "$@ cannot start: $$(echo "$$why" | tail -n 1)"; exit 1; }
 	@mkdir -p "$(OUT)"
 	$(RUN) benchmarks/$@.py --output_file "$(OUT)/$@_gpu.json" $(OPTIONS)

@@ -29,7 +29,6 @@ if triton is not None:
         mixed_row,
         channels,
         num_keys,
-        NORM: tl.constexpr,
         D: tl.constexpr,
         TAPS: tl.constexpr,
         T_TILE: tl.constexpr,
@@ -47,7 +46,7 @@ if triton is not None:
             new = tl.load(mixed + source[:, None] * mixed_row + channel[None, :], mask=is_new, other=0.0)
             total += (old + new).to(tl.float32) * tl.load(weight + channel * TAPS + tap).to(tl.float32)[None, :]
         total *= tl.sigmoid(total)
-        if NORM and head < num_keys:  # queries and keys
+        if head < num_keys:  # queries and keys
             total *= tl.rsqrt(tl.sum(total * total, 1) + 1e-6)[:, None]
         at = (batch * tokens + token)[:, None] * channels + channel[None, :]
         tl.store(output + at, total.to(output.dtype.element_ty), mask=(token < tokens)[:, None])
@@ -149,7 +148,7 @@ if triton is not None:
 
 
 def convolution(
-    mixed: torch.Tensor, history: torch.Tensor, weight: torch.Tensor, *, head_dim: int, num_keys: int, normalise: bool
+    mixed: torch.Tensor, history: torch.Tensor, weight: torch.Tensor, *, head_dim: int, num_keys: int
 ) -> torch.Tensor:
     """`ArcLMConv1d` of [history ; mixed], heads below `num_keys` (the queries and keys) normalised to length 1.
 
@@ -159,7 +158,6 @@ def convolution(
         weight: [channels, 1, taps].
         head_dim: channels of a head, a power of 2.
         num_keys: how many heads are queries and keys.
-        normalise: whether they are normalised.
 
     Returns:
         [B, T, channels] in the dtype of `mixed`.
@@ -177,7 +175,6 @@ def convolution(
         mixed.stride(1),
         channels,
         num_keys,
-        NORM=normalise,
         D=head_dim,
         TAPS=weight.shape[-1],
         T_TILE=tile,

@@ -39,6 +39,12 @@ def use_arclm_linear(model: nn.Module) -> None:
             module.__class__ = ArcLMLinear
 
 
+def runs_as_written(module: nn.Module) -> bool:
+    """Whether a call of the module does what its class says: no hook, no wrapped `forward`, no adapter."""
+    changes = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not changes and not type(module).__module__.startswith("peft.")
+
+
 class ArcLMRMSNormGated(nn.Module):
     """RMSNorm, then a SiLU gate, as `Qwen3_5RMSNormGated`."""
 

@@ -327,9 +327,10 @@ def versions(dllm: str | None = None, packages: tuple[str, ...] = ()) -> dict:
     names = ("torch", "transformers", *packages)
     found = {"python": platform.python_version()} | {name: version(name) for name in names}
     if dllm is not None:
-        command = ["git", "-C", dllm, "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        found["dllm"] = commit or "unknown"
+        # the first line is where the directory is in its repository: at the top, or the commit is another project's
+        command = ["git", "-C", dllm, "rev-parse", "--show-prefix", "HEAD"]
+        prefix, _, commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.partition("\n")
+        found["dllm"] = "unknown" if prefix else commit.strip() or "unknown"
     return found
 
 

@@ -348,6 +348,7 @@ def test_make_gpu_goes_on_after_a_failure(tmp_path, monkeypatch):
     assert scripts == [
         f"benchmarks/{name}.py --output_file out/{name}_gpu.json{more}"
         for name, more in [
+            ("denoising_step", ""),
             *((name, " --dllm ../dllm") for name in ("generate_speed", "train_speed")),
             *((name, "") for name in ("optimizers", "scaling")),
         ]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # what `auto_map` names and what that imports; found by following the relative imports, see `remote_files`
 REMOTE_ROOTS = ("configuration_arclm", "generation_bd3lm", "modeling_arclm")
 PROVIDED = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
-OPTIONAL = {"fla", "triton"}
+OPTIONAL = {"triton"}
 # socket, process, pickle and dynamic code, each with its usual doors
 FORBIDDEN_MODULES = {
     *("asyncio", "ftplib", "http", "smtplib", "socket", "socketserver", "ssl", "urllib", "xmlrpc"),

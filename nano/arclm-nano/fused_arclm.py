@@ -15,7 +15,7 @@ from .cache_arclm import ArcLMCache, CacheAccess, last_tokens
 from .configuration_arclm import ArcLMConfig
 from .delta_kernels_arclm import convolution, delta_rule, gated_norm
 from .kernels_arclm import CHECKS, _error, _normal_numbers, usable
-from .layers_arclm import ArcLMLinear
+from .layers_arclm import ArcLMLinear, runs_as_written
 from .linear_kernels_arclm import linear, rms_norm, silu_mul
 from .streams_arclm import Streams
 
@@ -46,18 +46,19 @@ def fused_layer(
     """`ArcLMDecoderLayer` without gradients: hidden states [B, columns, D] to hidden states."""
     batch, mlp, norm = len(hidden_states), layer.mlp, layer.post_attention_layernorm
     x = hidden_states.flatten(0, 1).contiguous()
-    normed = rms_norm(x, layer.input_layernorm)
-    if layer.is_linear:
-        mixed, project = _delta_net(layer.linear_attn, normed, batch, streams, access), layer.linear_attn.out_proj
-    else:
-        mixed, project = _attend(layer.self_attn, normed, batch, streams, access), layer.self_attn.o_proj
-    if len(x) <= FEW_ROWS:
-        x, scaled = linear(mixed, [project], residual=x, next_norm=norm)
-        x = linear(linear(scaled, [mlp.gate_proj, mlp.up_proj], gated=True), [mlp.down_proj], residual=x)
-    else:
-        x = torch.addmm(x, mixed, project.weight.T)
-        normed = rms_norm(x, norm)
-        x = torch.addmm(x, silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed)), mlp.down_proj.weight.T)
+    with torch.cuda.device_of(x):  # where Triton launches
+        normed = rms_norm(x, layer.input_layernorm)
+        if layer.is_linear:
+            mixed, project = _delta_net(layer.linear_attn, normed, batch, streams, access), layer.linear_attn.out_proj
+        else:
+            mixed, project = _attend(layer.self_attn, normed, batch, streams, access), layer.self_attn.o_proj
+        if len(x) <= FEW_ROWS:
+            x, scaled = linear(mixed, [project], residual=x, next_norm=norm)
+            x = linear(linear(scaled, [mlp.gate_proj, mlp.up_proj], gated=True), [mlp.down_proj], residual=x)
+        else:
+            x = torch.addmm(x, mixed, project.weight.T)
+            normed = rms_norm(x, norm)
+            x = torch.addmm(x, silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed)), mlp.down_proj.weight.T)
     return x.view(hidden_states.shape)
 
 
@@ -74,7 +75,7 @@ def _delta_net(net: nn.Module, x: torch.Tensor, batch: int, streams: Streams, ac
         state = mixed.new_zeros(batch, heads, net.head_k_dim, net.head_v_dim, dtype=torch.float32)
 
     def read(columns: slice, token_mask: torch.Tensor | None, need_final: bool) -> torch.Tensor | None:
-        of_heads = {"head_dim": net.head_k_dim, "num_keys": 2 * key_heads, "normalise": True}
+        of_heads = {"head_dim": net.head_k_dim, "num_keys": 2 * key_heads}
         qkv = convolution(mixed[:, columns], history, net.conv1d.weight, **of_heads)
         gates, decay = (b[:, columns], a[:, columns]), (net.A_log, net.dt_bias)
         output, final = delta_rule(qkv, gates, decay, state, token_mask, key_heads=key_heads, need_final=need_final)
@@ -130,15 +131,13 @@ def use_fused_layer(layer: nn.Module, config: Any, hidden_states: torch.Tensor, 
 def _is_plain(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the layer is what its class made: no hook, no adapter, nothing quantised, no bias."""
     for module in layer.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if not runs_as_written(module):
             return False
         if isinstance(module, nn.Linear) and (
             type(module).forward not in (nn.Linear.forward, ArcLMLinear.forward)
             or type(module.weight) is not nn.Parameter
             or (module.weight.dtype, module.weight.device, module.bias) != (dtype, device, None)
         ):
-            return False
-        if type(module).__module__.startswith("peft."):
             return False
     return True
 

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from .cache_arclm import ArcLMCache, append
 from .denoising_bd3lm import Block, choose
+from .layers_arclm import runs_as_written
 from .streams_arclm import Streams, check_inputs
 
 
@@ -401,19 +402,17 @@ def key_of_head(model: nn.Module) -> tuple | None:
     `None` also where that class has hooks or another `forward` than in this package.
     """
     is_ours = type(model).forward.__module__ == type(model.model).__module__
-    return _places(model.lm_head, model.device) if is_ours and _runs_as_written(model) else None
+    return _places(model.lm_head, model.device) if is_ours and runs_as_written(model) else None
 
 
 def _places(model: nn.Module, device: torch.device) -> tuple | None:
     """The modules and where their weights are, `None` if they do something else than their class says."""
-    modules, tensors = list(model.modules()), [*model.parameters(), *model.buffers()]
+    modules = list(model.modules())
+    # asked at every call of generate: model.parameters() takes four times as long
+    kept = (held for module in modules for held in (module._parameters, module._buffers))
+    tensors = [x for held in kept for x in held.values() if x is not None]
     if any(type(x) not in (torch.Tensor, nn.Parameter) or x.device != device for x in tensors):
         return None
-    if not all(map(_runs_as_written, modules)):
+    if not all(map(runs_as_written, modules)):
         return None
     return tuple((x.data_ptr(), x.dtype, x.device, x.shape, x.stride()) for x in tensors), tuple(map(id, modules))
-
-
-def _runs_as_written(module: nn.Module) -> bool:
-    changes = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return not changes and not type(module).__module__.startswith("peft.")
