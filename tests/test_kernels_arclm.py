@@ -208,10 +208,10 @@ def test_the_kernels_of_a_layer_compile_within_the_shared_memory_of_an_rtx_4090(
     """At the shapes of Qwen3.5-0.8B, with the tiles that the functions around the kernels choose."""
     pytest.importorskip("triton")
     numbers = {"H": 16, "KEY_HEADS": 16, "K": 128, "V": 128, "C": delta_kernels_arclm.CHUNK, "V_TILE": 32}
-    delta_rule = delta_kernels_arclm._delta_rule_kernel, numbers | {"HAS_MASK": True, "NEED_FINAL": True}, 3
-    numbers = {"KEY_HEADS": 2, "D": 256, "HAS_MASK": True, "M_TILE": 32, "N_TILE": 32}
+    delta_rule = delta_kernels_arclm._delta_rule_kernel, numbers, 3
+    numbers = {"KEY_HEADS": 2, "D": 256, "M_TILE": 32, "N_TILE": 32}
     attention = attention_kernels_arclm._attention_kernel, numbers, 2
-    numbers = {"N0": 3584, "N1": 3584, "N2": 0, "N3": 0, "D": 1024, "NORM": True, "GATED": True, "ADD": True}
+    numbers = {"N0": 3584, "N1": 3584, "N2": 0, "N3": 0, "D": 1024, "GATED": True}
     linear = linear_kernels_arclm._linear_kernel, numbers | {"M_TILE": 64, "N_TILE": 64, "D_TILE": 64}, 4
     types = {"eps": "fp32", "scale": "fp32", "mask": "*i1", "is_token": "*i1"}
     types |= dict.fromkeys(

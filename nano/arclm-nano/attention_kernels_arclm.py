@@ -3,11 +3,10 @@
 import torch
 from torch import nn
 
-from .kernels_arclm import triton
+from .kernels_arclm import tl, triton
 
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _query_key_kernel(
@@ -73,7 +72,6 @@ if triton is not None:
         scale,
         KEY_HEADS: tl.constexpr,
         D: tl.constexpr,
-        HAS_MASK: tl.constexpr,
         M_TILE: tl.constexpr,
         N_TILE: tl.constexpr,
     ):
@@ -94,7 +92,7 @@ if triton is not None:
             at = column[:, None].to(tl.int64)
             k = tl.load(keys + at * key_row + d[None, :], mask=is_key[:, None], other=0.0)
             visible = inside[:, None] & is_key[None, :]
-            if HAS_MASK:
+            if mask is not None:
                 of_mask = batch * mask_batch + token[:, None] * mask_row + column[None, :]
                 visible = visible & (tl.load(mask + of_mask, mask=visible, other=0) != 0)
             scores = tl.where(visible, tl.dot(q, tl.trans(k)) * scale, -1e30)
@@ -223,7 +221,6 @@ def attention(
         scale,
         KEY_HEADS=key_heads,
         D=dim,
-        HAS_MASK=mask is not None,
         M_TILE=m_tile,
         N_TILE=n_tile,
         num_warps=4,

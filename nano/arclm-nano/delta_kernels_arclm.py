@@ -7,7 +7,7 @@ training; here one program reads a head's chunks one after the other and keeps t
 import torch
 from torch import nn
 
-from .kernels_arclm import triton
+from .kernels_arclm import tl, triton
 
 
 # Tokens that the delta rule reads at once. With 16 a block of 64 took 8.9 us, with 32 12.3 (an H100, one row); with 64
@@ -16,7 +16,6 @@ CHUNK = 16
 
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit(do_not_specialize=["tokens"])
     def _convolution_kernel(
@@ -66,6 +65,18 @@ if triton is not None:
         n = tl.dot(inverse, tl.where(row // 4 != column // 4, a, 0.0))
         return tl.dot(tl.dot(identity - n, identity + tl.dot(n, n)), inverse)
 
+    @triton.jit
+    def _softplus(x):
+        e = tl.exp(x)  # log(1 + e) would lose a small one
+        return tl.where(x > 20.0, x, tl.where(e < 1e-3, e - 0.5 * e * e, tl.log(1.0 + e)))
+
+    @triton.jit
+    def _written(keys, values, from_state, fade, beta, row):
+        """What a chunk writes: (I + tril(beta k k^T fade, -1))^{-1} beta (v - what the state has for its keys)."""
+        coupling = tl.dot(keys, tl.trans(keys)) * fade * beta[:, None]
+        inverse = _unit_inverse(tl.where(row[:, None] > row[None, :], coupling, 0.0))
+        return tl.dot(inverse, beta[:, None] * (values.to(tl.float32) - from_state)).to(keys.dtype)
+
     @triton.jit(do_not_specialize=["tokens"])
     def _delta_rule_kernel(
         qkv,
@@ -86,8 +97,6 @@ if triton is not None:
         V: tl.constexpr,
         C: tl.constexpr,
         V_TILE: tl.constexpr,
-        HAS_MASK: tl.constexpr,
-        NEED_FINAL: tl.constexpr,
     ):
         """V_TILE values of one head of one row; see `delta_rule`."""
         batch, head = tl.program_id(1).to(tl.int64) // H, tl.program_id(1) % H
@@ -105,12 +114,10 @@ if triton is not None:
             token = start + row
             inside = token < tokens
             x = tl.load(a + token * gate_row, mask=inside, other=0.0).to(tl.float32) + bias
+            g = -rate * _softplus(x)
             beta = tl.sigmoid(tl.load(b + token * gate_row, mask=inside, other=0.0).to(tl.float32))
-            e = tl.exp(x)
-            # softplus; log(1 + e) would lose a small e
-            g = -rate * tl.where(x > 20.0, x, tl.where(e < 1e-3, e - 0.5 * e * e, tl.log(1.0 + e)))
             is_read = inside
-            if HAS_MASK:
+            if is_token is not None:
                 is_read = inside & (tl.load(is_token + batch * tokens + token, mask=inside, other=0) != 0)
             g, beta = tl.where(is_read, g, 0.0), tl.where(is_read, beta, 0.0)
             decay, total = tl.cumsum(g, 0), tl.sum(g, 0)
@@ -118,21 +125,18 @@ if triton is not None:
 
             of_keys = token[:, None] * row_stride + key[None, :]
             keys = tl.load(k + of_keys, mask=inside[:, None], other=0.0)
-            coupling = tl.dot(keys, tl.trans(keys)) * fade * beta[:, None]
-            inverse = _unit_inverse(tl.where(row[:, None] > row[None, :], coupling, 0.0))
             s16 = s.to(keys.dtype)
             values = tl.load(v + token[:, None] * row_stride + value[None, :], mask=inside[:, None], other=0.0)
-            rest = values.to(tl.float32) - tl.exp(decay)[:, None] * tl.dot(keys, s16)
-            v_new = tl.dot(inverse, beta[:, None] * rest).to(keys.dtype)
+            v_new = _written(keys, values, tl.exp(decay)[:, None] * tl.dot(keys, s16), fade, beta, row)
             queries = tl.load(q + of_keys, mask=inside[:, None], other=0.0)
             weights = (tl.dot(queries, tl.trans(keys)) * fade).to(keys.dtype)
             out = (tl.exp(decay)[:, None] * tl.dot(queries, s16) + tl.dot(weights, v_new)) * K**-0.5
             of_output = token[:, None].to(tl.int64) * H * V + value[None, :]
             tl.store(output + of_output, out.to(output.dtype.element_ty), mask=inside[:, None])
-            if NEED_FINAL or start + C < tokens:
+            if final_state is not None or start + C < tokens:
                 v_end = v_new * tl.exp(total - decay)[:, None]
                 s = s * tl.exp(total) + tl.dot(tl.trans(keys), v_end.to(keys.dtype))
-        if NEED_FINAL:
+        if final_state is not None:
             tl.store(final_state + of_state, s)
 
     @triton.jit
@@ -211,7 +215,7 @@ def delta_rule(
     """
     (batch, tokens, _), (_, heads, key_dim, value_dim) = qkv.shape, state.shape
     output = qkv.new_empty(batch, tokens, heads, value_dim)
-    final = torch.empty_like(state) if need_final else state
+    final = torch.empty_like(state) if need_final else None
     b, a = gates
     tile = min(32, value_dim)
     _delta_rule_kernel[(value_dim // tile, batch * heads)](
@@ -232,11 +236,9 @@ def delta_rule(
         V=value_dim,
         C=CHUNK,
         V_TILE=tile,
-        HAS_MASK=token_mask is not None,
-        NEED_FINAL=need_final,
         num_warps=4,
     )
-    return output, final if need_final else None
+    return output, final
 
 
 def gated_norm(x: torch.Tensor, gate: torch.Tensor, norm: nn.Module) -> torch.Tensor:

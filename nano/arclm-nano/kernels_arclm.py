@@ -19,7 +19,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = None
+    triton = tl = None
 
 logger = logging.get_logger(__name__)
 

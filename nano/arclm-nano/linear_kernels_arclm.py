@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .kernels_arclm import triton
+from .kernels_arclm import tl, triton
 
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def _norm_kernel(x, weight, output, eps, D: tl.constexpr, D_TILE: tl.constexpr):
@@ -31,6 +30,32 @@ if triton is not None:
         x = tl.load(gate + at, mask=at < size, other=0.0).to(tl.float32)
         x *= tl.sigmoid(x) * tl.load(up + at, mask=at < size, other=0.0).to(tl.float32)
         tl.store(output + at, x.to(output.dtype.element_ty), mask=at < size)
+
+    @triton.jit
+    def _weight_of(
+        tile,
+        w0,
+        w1,
+        w2,
+        w3,
+        N0: tl.constexpr,
+        N1: tl.constexpr,
+        N2: tl.constexpr,
+        N3: tl.constexpr,
+        N_TILE: tl.constexpr,
+    ):
+        """The weight that a tile is of, its first row in the tile, how many it has, and where its results begin."""
+        T0: tl.constexpr = (N0 + N_TILE - 1) // N_TILE
+        T1: tl.constexpr = T0 + (N1 + N_TILE - 1) // N_TILE
+        T2: tl.constexpr = T1 + (N2 + N_TILE - 1) // N_TILE
+        w, first, size, at = w0, tile * N_TILE, N0, 0
+        if tile >= T0:
+            w, first, size, at = w1, (tile - T0) * N_TILE, N1, N0
+        if tile >= T1:
+            w, first, size, at = w2, (tile - T1) * N_TILE, N2, N0 + N1
+        if tile >= T2:
+            w, first, size, at = w3, (tile - T2) * N_TILE, N3, N0 + N1 + N2
+        return w, first, size, at
 
     @triton.jit
     def _linear_kernel(
@@ -53,26 +78,16 @@ if triton is not None:
         N2: tl.constexpr,
         N3: tl.constexpr,
         D: tl.constexpr,
-        NORM: tl.constexpr,
         GATED: tl.constexpr,
-        ADD: tl.constexpr,
         M_TILE: tl.constexpr,
         N_TILE: tl.constexpr,
         D_TILE: tl.constexpr,
     ):
         """N_TILE columns of up to four products of all rows; see `linear`."""
         tile = tl.program_id(0)
-        T0: tl.constexpr = (N0 + N_TILE - 1) // N_TILE
-        T1: tl.constexpr = T0 + (N1 + N_TILE - 1) // N_TILE
-        T2: tl.constexpr = T1 + (N2 + N_TILE - 1) // N_TILE
         w, first, size, at = w0, tile * N_TILE, N0, 0
         if not GATED:
-            if tile >= T0:
-                w, first, size, at = w1, (tile - T0) * N_TILE, N1, N0
-            if tile >= T1:
-                w, first, size, at = w2, (tile - T1) * N_TILE, N2, N0 + N1
-            if tile >= T2:
-                w, first, size, at = w3, (tile - T2) * N_TILE, N3, N0 + N1 + N2
+            w, first, size, at = _weight_of(tile, w0, w1, w2, w3, N0, N1, N2, N3, N_TILE)
         row, column, inner = tl.arange(0, M_TILE), first + tl.arange(0, N_TILE), tl.arange(0, D_TILE)
         in_x, in_w = (row < rows)[:, None], (column < size)[:, None]
         x_at, w_at = row[:, None] * D + inner[None, :], column[:, None] * D + inner[None, :]
@@ -83,28 +98,26 @@ if triton is not None:
             total = tl.dot(y, tl.trans(tl.load(w + w_at + start, mask=in_w, other=0.0)), total)
             if GATED:
                 total_up = tl.dot(y, tl.trans(tl.load(w1 + w_at + start, mask=in_w, other=0.0)), total_up)
-        if NORM:  # (x / |x|) W = (x W) / |x|
+        if squares is not None:  # (x / |x|) W = (x W) / |x|
             square = tl.zeros((M_TILE,), tl.float32)
             for part in range(parts):
                 square += tl.load(squares + part * rows + row, mask=row < rows, other=0.0)
-            scale = tl.rsqrt(square / D + eps)[:, None]
-            total, total_up = total * scale, total_up * scale
+            total *= tl.rsqrt(square / D + eps)[:, None]
+            total_up *= tl.rsqrt(square / D + eps)[:, None]
         if GATED:
             total *= tl.sigmoid(total) * total_up
         out_row: tl.constexpr = N0 if GATED else N0 + N1 + N2 + N3
         out_at = row[:, None] * out_row + at + column[None, :]
         inside = in_x & (column < size)[None, :]
-        if ADD:
+        if residual is not None:
             total += tl.load(residual + out_at, mask=inside, other=0.0).to(tl.float32)
         result = total.to(output.dtype.element_ty)
         tl.store(output + out_at, result, mask=inside)
         if next_norm is not None:
-            result = result.to(tl.float32)
+            result = tl.where(inside, result.to(tl.float32), 0.0)
             weight = 1.0 + tl.load(next_norm + column, mask=column < size, other=0.0).to(tl.float32)
             tl.store(next_x + out_at, (result * weight[None, :]).to(output.dtype.element_ty), mask=inside)
-            tl.store(
-                next_squares + tile * rows + row, tl.sum(tl.where(inside, result * result, 0.0), 1), mask=row < rows
-            )
+            tl.store(next_squares + tile * rows + row, tl.sum(result * result, 1), mask=row < rows)
 
 
 class Scaled(NamedTuple):
@@ -168,9 +181,7 @@ def linear(
         eps,
         *sizes,
         D=dim,
-        NORM=squares is not None,
         GATED=gated,
-        ADD=residual is not None,
         M_TILE=max(16, triton.next_power_of_2(rows)),
         N_TILE=tile,
         D_TILE=next(tile for tile in (wide, 64, 32, 16) if dim % tile == 0),
