@@ -57,7 +57,7 @@ class Block(NamedTuple):
             is_masked,
             is_left=is_masked.any(),
             places=places,
-            priority=torch.rand(ids.shape, device=ids.device) if is_random else places.float(),
+            priority=torch.rand(ids.shape, dtype=torch.float32, device=ids.device) if is_random else places.float(),
             step=step,
             seed=torch.randint(2**62, (1,), device=ids.device) if is_drawn else step,
             is_finite=torch.ones_like(is_masked),

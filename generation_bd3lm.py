@@ -303,7 +303,7 @@ class _Run:
             is_suppressed=self.is_suppressed,
         )
         graphs = None if self.is_suppressed is None else self.graphs
-        self.choice = None if graphs is None else graphs.choice(self.model, block, self.knobs)
+        self.choice = None if graphs is None else graphs.choice(self.model, block, self.knobs, self.cache)
         self.block = block if self.choice is None else self.choice.load(block)
         self.row_steps = self.block.row_steps
 

@@ -43,8 +43,8 @@ MAX_ROWS = 1024
 # What `choose` depends on beside the tensors that a block holds.
 CHOICE_KNOBS = ("remasking_strategy", "max_denoising_steps", "confidence_threshold", "entropy_bound")
 CHOICE_KNOBS += ("mask_token_id", "temperature")
-# What a cache holds for each layer, and the dimension in which it grows (0 where it does not).
-LAYERWISE = {"keys": 2, "values": 2, "conv_states": 0, "recurrent_states": 0}
+# What a cache holds for each layer.
+LAYERWISE = ("keys", "values", "conv_states", "recurrent_states")
 # PyTorch captures one graph at a time, and the wait for the device before one would invalidate another.
 _ONE_CAPTURE = threading.Lock()
 
@@ -159,10 +159,12 @@ class StaticContext:
 
     def load(self, cache: ArcLMCache) -> None:
         """Copy a context of at most `num_columns` columns in."""
-        for name, dim in LAYERWISE.items():
+        for name in ("keys", "values"):
             for buffer, content in zip(getattr(self.cache, name), getattr(cache, name), strict=True):
                 if buffer is not None:
-                    _put(buffer, content, dim)
+                    _put(buffer, content, 2)
+        for name in ("conv_states", "recurrent_states"):
+            _copy_all(getattr(self.cache, name), getattr(cache, name))
         tokens = cache.token_mask
         if tokens is None:
             tokens = self.cache.token_mask.new_ones(len(self.cache.token_mask), cache.num_columns)
@@ -178,11 +180,12 @@ class StaticContext:
         hidden_states, conv_states, recurrent_states = committed
         new = slice(self.cache.num_columns, self.cache.num_columns + clean_ids.shape[1])
         for i, keys in enumerate(self.keys):
-            if keys is None:
-                cache.conv_states[i], cache.recurrent_states[i] = conv_states[i].clone(), recurrent_states[i].clone()
-            else:
+            if keys is not None:
                 cache.keys[i] = append(cache.keys[i], keys[:, :, new])
                 cache.values[i] = append(cache.values[i], self.values[i][:, :, new])
+        for name, states in (("conv_states", conv_states), ("recurrent_states", recurrent_states)):
+            setattr(cache, name, [None if x is None else torch.empty_like(x) for x in states])
+            _copy_all(getattr(cache, name), states)
         cache.advance(token_mask, clean_ids, hidden_states, block_size=clean_ids.shape[1])
 
 
@@ -204,6 +207,21 @@ class CapturedChoice:
         for buffer, content in zip(self.block, block, strict=True):
             buffer.copy_(content)
         return self.block
+
+
+def _copy_all(targets: list[torch.Tensor | None], sources: list[torch.Tensor | None]) -> None:
+    """Copy tensors of equal shapes in a few launches for all of them, 0 where there is no source."""
+    pairs = [pair for pair in zip(targets, sources, strict=True) if pair[1] is not None]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    for target, source in zip(targets, sources, strict=True):
+        if target is not None and source is None:
+            target.zero_()
+
+
+def static_columns(cache: ArcLMCache) -> int:
+    """Columns of the static context for a cache."""
+    return max(MIN_COLUMNS, 1 << (cache.num_columns - 1).bit_length())
 
 
 def _put(buffer: torch.Tensor, content: torch.Tensor | None, dim: int) -> None:
@@ -260,7 +278,7 @@ class DenoisingGraphs:
             return None
         if (not cache.num_columns or input_ids.shape != noisy.shape) if commit else attention_mask is not None:
             return None
-        num_columns = max(MIN_COLUMNS, 1 << (cache.num_columns - 1).bit_length())
+        num_columns = static_columns(cache)
         if len(noisy) * num_columns > MAX_COLUMNS:
             logger.warning_once(
                 f"CUDA graphs hold {MAX_COLUMNS:,} columns of context, rows times the next power of two above the "
@@ -292,16 +310,21 @@ class DenoisingGraphs:
             context.append_to(cache, captured.committed, ids[:, block_size:], token_mask)
         return self._desk(model, noisy).hidden_states
 
-    def choice(self, model: nn.Module, block: Block, knobs: dict[str, Any]) -> CapturedChoice | None:
+    def choice(
+        self, model: nn.Module, block: Block, knobs: dict[str, Any], cache: ArcLMCache | None
+    ) -> CapturedChoice | None:
         """The captured choice for an `ArcLMForDiffusionLM` and a block of that shape; for the knobs see `choose`.
 
-        `None` where it would have too many rows, under autocast, where the head or the class around it is not what
-        this package makes of them (`key_of_head`), and where a capture failed.
+        `None` where it would have too many rows, or the passes over `cache` too many columns, under autocast, where
+        the head or the class around it is not what this package makes of them (`key_of_head`), and where a capture
+        failed.
         """
         head_key = key_of_head(model)
         if self.failed or head_key is None or torch.is_autocast_enabled(model.device.type):
             return None
         if block.ids.numel() > MAX_ROWS or block.ids.device != model.device:
+            return None
+        if cache is not None and len(block.ids) * static_columns(cache) > MAX_COLUMNS:
             return None
         key = (*block.ids.shape, head_key, *(knobs[name] for name in CHOICE_KNOBS))
         choice = self.choices.pop(key, None)

@@ -57,7 +57,7 @@ if triton is not None:
             w, first, size, at = w3, (tile - T2) * N_TILE, N3, N0 + N1 + N2
         return w, first, size, at
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows", "parts"])
     def _linear_kernel(
         x,
         squares,
@@ -163,7 +163,7 @@ def linear(
     tile = next((tile for tile in (64, 32) if columns // tile >= 80), 16)
     tiles = sum(triton.cdiv(size, tile) for size in sizes[: 1 if gated else 4])
     if next_norm is not None:
-        parts = torch.empty(tiles, rows, device=x.device)
+        parts = torch.empty(tiles, rows, dtype=torch.float32, device=x.device)
         scaled = Scaled(torch.empty_like(output), parts, next_norm.eps)
     wide = 128 if tile == 16 else 64  # longer pieces of fewer columns
     _linear_kernel[(tiles,)](

@@ -292,6 +292,15 @@ def test_more_rows_than_fit_run_eagerly_and_what_was_used_last_is_kept(captured,
     assert seen[3] == seen[4] == [(1, 1.0), (2, 1.0)]
 
 
+def test_over_more_columns_than_fit_nothing_is_captured(captured, monkeypatch):
+    monkeypatch.setattr(graphs_arclm, "MIN_COLUMNS", 4)
+    monkeypatch.setattr(graphs_arclm, "MAX_COLUMNS", 7)
+    model = tiny_model(**SMALL)
+    assert_as_eager(model, tokens(1, 2 * L + 1), max_new_tokens=L)
+    assert Traced.captures == 0
+    assert not graphs_of(model).choices
+
+
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_capture_that_fails_is_said_once_and_the_text_is_the_same(monkeypatch, number):
     attempts, said = [], []

@@ -32,7 +32,7 @@ def answers(model, monkeypatch, **inputs) -> list[bool]:
 
 
 @torch.no_grad()
-def test_passes_without_gradients_in_16_bits_take_them(asked, monkeypatch):
+def test_passes_without_gradients_in_bfloat16_take_them(asked, monkeypatch):
     model = tiny_model().bfloat16()
     assert answers(model, monkeypatch) == [True] * 5
     cache = model(tokens(1, 16), use_cache=True).past_key_values
@@ -47,6 +47,7 @@ def test_passes_without_gradients_in_16_bits_take_them(asked, monkeypatch):
 def test_other_passes_do_not(asked, monkeypatch):
     model, x = tiny_model(), tokens(1, 16)
     assert not any(answers(model, monkeypatch))  # float32
+    assert not any(answers(model.half(), monkeypatch))
     model.bfloat16()
     assert not any(answers(model, monkeypatch, input_ids=x, noisy_input_ids=x))  # two streams: training, NELBO
     with torch.enable_grad():
@@ -73,10 +74,9 @@ class Doubled(nn.Linear):
 CHANGES = {
     "a hook": lambda layer: layer.mlp.register_forward_hook(lambda *_: None),
     "a wrapped forward": lambda layer: setattr(layer.mlp, "forward", layer.mlp.forward),
-    "another product": lambda layer: setattr(
-        layer.mlp.down_proj, "__class__", type("Mine", (nn.Linear,), {"forward": 1})
-    ),
+    "another product": lambda layer: setattr(layer.mlp.down_proj, "__class__", Doubled),
     "a bias": lambda layer: setattr(layer.mlp.down_proj, "bias", nn.Parameter(torch.zeros(1))),
+    "another layout": lambda layer: setattr(layer.mlp.down_proj.weight, "data", torch.ones(9, 7).bfloat16().T),
     "another dtype": lambda layer: layer.mlp.down_proj.float(),
 }
 

@@ -8,7 +8,7 @@ from .kernels_arclm import tl, triton
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens"])
     def _query_key_kernel(
         query_gate,
         key,
@@ -49,7 +49,7 @@ if triton is not None:
         x = (x * c + tl.where(d < half, -other, other) * s) * scale
         tl.store(target + d, x.to(target.dtype.element_ty))
 
-    @triton.jit(do_not_specialize=["columns", "split_size"])
+    @triton.jit(do_not_specialize=["rows", "tokens", "columns", "split_size", "mask_batch", "mask_row"])
     def _attention_kernel(
         queries,
         keys,
@@ -108,7 +108,7 @@ if triton is not None:
         tl.store(statistics + cell, highest, mask=inside)
         tl.store(statistics + size + cell, total, mask=inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens", "splits"])
     def _attention_output_kernel(
         partial, statistics, query_gate, output, query_row, tokens, splits, H: tl.constexpr, D: tl.constexpr
     ):
@@ -201,8 +201,8 @@ def attention(
     splits = max(1, min(8, triton.cdiv(128, tiles), triton.cdiv(columns, 2 * n_tile)))
     split_size = triton.cdiv(triton.cdiv(columns, splits), n_tile) * n_tile
     splits = triton.cdiv(columns, split_size)
-    partial = torch.empty(splits, batch, key_heads, rows, dim, device=queries.device)
-    statistics = torch.empty(2, splits, batch, key_heads, rows, device=queries.device)
+    partial = torch.empty(splits, batch, key_heads, rows, dim, dtype=torch.float32, device=queries.device)
+    statistics = torch.empty(2, splits, batch, key_heads, rows, dtype=torch.float32, device=queries.device)
     _attention_kernel[(triton.cdiv(rows, m_tile), splits, batch * key_heads)](
         queries,
         keys,

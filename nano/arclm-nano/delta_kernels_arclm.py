@@ -34,7 +34,7 @@ if triton is not None:
     ):
         """D channels, a head, at T_TILE tokens of one row; see `convolution`."""
         batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
-        token = tl.program_id(0) * T_TILE + tl.arange(0, T_TILE)
+        token = tl.program_id(0).to(tl.int64) * T_TILE + tl.arange(0, T_TILE)
         channel = head * D + tl.arange(0, D)
         mixed, history = mixed + batch * mixed_batch, history + batch * (TAPS - 1) * channels
         total = tl.zeros((T_TILE, D), tl.float32)
@@ -111,7 +111,7 @@ if triton is not None:
         s = tl.load(state + of_state)
         rate, bias = tl.exp(tl.load(A_log + head).to(tl.float32)), tl.load(dt_bias + head).to(tl.float32)
         for start in range(0, tokens, C):
-            token = start + row
+            token = (start + row).to(tl.int64)
             inside = token < tokens
             x = tl.load(a + token * gate_row, mask=inside, other=0.0).to(tl.float32) + bias
             g = -rate * _softplus(x)
@@ -131,7 +131,7 @@ if triton is not None:
             queries = tl.load(q + of_keys, mask=inside[:, None], other=0.0)
             weights = (tl.dot(queries, tl.trans(keys)) * fade).to(keys.dtype)
             out = (tl.exp(decay)[:, None] * tl.dot(queries, s16) + tl.dot(weights, v_new)) * K**-0.5
-            of_output = token[:, None].to(tl.int64) * H * V + value[None, :]
+            of_output = token[:, None] * H * V + value[None, :]
             tl.store(output + of_output, out.to(output.dtype.element_ty), mask=inside[:, None])
             if final_state is not None or start + C < tokens:
                 v_end = v_new * tl.exp(total - decay)[:, None]

@@ -1,4 +1,4 @@
-"""Layers of a pass without gradients on a GPU in 16 bits, in a few Triton kernels each.
+"""Layers of a pass without gradients on a GPU in bfloat16, in a few Triton kernels each.
 
 A denoising step reads 1.5 GB of weights in half a millisecond, but launches some 1,600 operations in plain PyTorch,
 and each costs 2 us however small it is. Here a layer is some ten launches (`fused_layer`), and the delta rule of a
@@ -22,6 +22,7 @@ from .streams_arclm import Streams
 
 DEVICE = "cuda"  # the type that they run on
 MAX_QUERIES = 256  # of a row; more fill a GPU by themselves, as PyTorch's attention reads them
+CHECK_LENGTHS = 144, 16  # of the context and the block in the self-check: several splits of the keys
 FEW_ROWS = 64  # up to here a product waits for its weights, and is faster in one launch with what stands around it
 # What the kernels are compiled for.
 FIELDS = (
@@ -73,6 +74,8 @@ def _delta_net(net: nn.Module, x: torch.Tensor, batch: int, streams: Streams, ac
     if history is None:
         history = mixed.new_zeros(batch, net.kernel - 1, mixed.shape[-1])
         state = mixed.new_zeros(batch, heads, net.head_k_dim, net.head_v_dim, dtype=torch.float32)
+    # what the PyTorch layer leaves is a view of the states of all chunks
+    history, state = history.contiguous(), state.contiguous()
 
     def read(columns: slice, token_mask: torch.Tensor | None, need_final: bool) -> torch.Tensor | None:
         of_heads = {"head_dim": net.head_k_dim, "num_keys": 2 * key_heads}
@@ -84,8 +87,8 @@ def _delta_net(net: nn.Module, x: torch.Tensor, batch: int, streams: Streams, ac
 
     if split < mixed.shape[1]:
         state = read(slice(split, None), streams.token_mask, need_final=True)
-        padded = torch.cat((history, mixed[:, split:]), 1)
-        history = last_tokens(padded, net.kernel - 1, streams.token_mask)
+        end = slice(split, None) if streams.token_mask is not None else slice(max(split, 1 - net.kernel), None)
+        history = last_tokens(torch.cat((history, mixed[:, end]), 1), net.kernel - 1, streams.token_mask)
     if split:
         read(slice(split), None, need_final=False)
     if access is not None and access.commit:
@@ -114,9 +117,12 @@ def _products(x: torch.Tensor, layers: list[nn.Linear]) -> list[torch.Tensor]:
 
 
 def use_fused_layer(layer: nn.Module, config: Any, hidden_states: torch.Tensor, streams: Streams) -> bool:
-    """Whether `fused_layer` takes these hidden states [B, columns, D]: 16 bits, no gradients, and nothing changed."""
+    """Whether `fused_layer` takes these hidden states [B, columns, D]: bfloat16, no gradients, and nothing changed.
+
+    Not float16: rows on their way through a norm (`Scaled`) may go beyond its range.
+    """
     dtype, device = hidden_states.dtype, hidden_states.device
-    if device.type != DEVICE or dtype not in (torch.bfloat16, torch.float16) or streams.noisy_blocks is not None:
+    if device.type != DEVICE or dtype != torch.bfloat16 or streams.noisy_blocks is not None:
         return False
     if torch.is_grad_enabled() or layer.training or torch.is_autocast_enabled(device.type):
         return False
@@ -136,6 +142,7 @@ def _is_plain(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> boo
         if isinstance(module, nn.Linear) and (
             type(module).forward not in (nn.Linear.forward, ArcLMLinear.forward)
             or type(module.weight) is not nn.Parameter
+            or not module.weight.is_contiguous()
             or (module.weight.dtype, module.weight.device, module.bias) != (dtype, device, None)
         ):
             return False
@@ -154,32 +161,38 @@ def _fits(config: Any) -> bool:
 
 
 def _check_fused_layer(device: torch.device, layer_class: type, dtype: torch.dtype, is_linear: bool, *fields) -> float:
-    """A commit of 36 tokens, one of a block with a denoising step, and another step, against the layer in float32."""
+    """A long commit, one of a block with a denoising step, and another step, against the layer in float32."""
     kind = "linear_attention" if is_linear else "full_attention"
     config = ArcLMConfig(**dict(zip(FIELDS, fields, strict=True)), num_hidden_layers=1, layer_types=[kind])
     config._attn_implementation = "sdpa"
     if not _fits(config):
         raise ValueError("there are no tiles for the shapes of this model")
-    normal, results = _normal_numbers(device), []
-    layer = layer_class(config, 0).to(device).eval()
+    normal, results, (context, block) = _normal_numbers(device), [], CHECK_LENGTHS
+    with torch.device("meta"):  # without its random numbers
+        layer = layer_class(config, 0)
+    layer = layer.to_empty(device=device).eval()
     for parameter in layer.parameters():
         parameter.copy_(normal(*parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3))
-    inputs = [normal(2, columns, config.hidden_size).to(dtype) for columns in (36, 24, 12)]
     layer = layer.to(dtype)
+    inputs = [normal(2, columns, config.hidden_size).to(dtype) for columns in (context, 2 * block, block)]
     for run, cast in ((fused_layer, dtype), (layer_class.forward, torch.float32)):
         cache, layer = ArcLMCache(1), layer.to(cast)
-        mask = torch.ones(2, 12, dtype=torch.long, device=device)
+        if is_linear:  # as in a loaded model
+            layer.linear_attn.norm.float()
+            layer.linear_attn.A_log.data = layer.linear_attn.A_log.float()
+        mask = torch.ones(2, block, dtype=torch.long, device=device)
         mask[1] = 0
-        for x, (clean, noisy) in zip(inputs, ((36, 0), (12, 12), (0, 12)), strict=True):
+        for x, (clean, noisy) in zip(inputs, ((context, 0), (block, block), (0, block)), strict=True):
             ids = [torch.zeros(2, n, dtype=torch.long, device=device) if n else None for n in (clean, noisy)]
             cache.lengths = torch.full((2,), cache.num_columns, device=device) if cache.num_columns else None
             padding = mask if clean == noisy else None
-            _, streams = Streams.of(*ids, padding, block_size=12, cache=cache)
+            _, streams = Streams.of(*ids, padding, block_size=block, cache=cache)
             streams = streams.for_layers(config, cache, cast)
             access = CacheAccess(cache, streams.num_noisy, clean > 0)
             results.append(run(layer, x.to(cast), streams, access).float())
             cache.num_columns += clean
-            cache.token_mask = None if clean == 36 else torch.ones(2, 48, dtype=torch.bool, device=device)
+            if clean == noisy:
+                cache.token_mask = torch.ones(2, cache.num_columns, dtype=torch.bool, device=device)
         results += [x.float() for x in (cache.keys + cache.recurrent_states) if x is not None]
     half = len(results) // 2
     return _error(tuple(results[:half]), tuple(results[half:]))

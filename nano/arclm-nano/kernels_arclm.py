@@ -229,7 +229,7 @@ def sample_rows(
     """
     rows, vocabulary = logits.shape
     num_tiles, device = triton.cdiv(vocabulary, VOCABULARY_TILE), logits.device
-    statistics = torch.empty(4, rows, num_tiles, device=device)
+    statistics = torch.empty(4, rows, num_tiles, dtype=torch.float32, device=device)
     candidates = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
     types = torch.long, torch.float32, torch.float32, torch.bool
     results = tuple(torch.empty(rows, dtype=dtype, device=device) for dtype in types)
