@@ -16,24 +16,20 @@ from typing import Any
 import torch
 from common import (
     Limits,
-    cache_bytes,
-    count_parameters,
     default_device,
     default_dtype,
     default_output,
-    floor_seconds,
     interleave,
     make_arclm,
     measure_limits,
     median,
-    prefill,
     print_table,
     random_ids,
     start_record,
     timed,
     write_record,
 )
-from generate_speed import StepClock
+from generate_speed import StepClock, step_floor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import HfArgumentParser
@@ -96,9 +92,7 @@ def measure(model: ArcLMForDiffusionLM, prompts: torch.Tensor, *, new_tokens: in
     results = interleave(runs, repeats)
     seconds, step = median(results["generate"])
     limits = Limits(*median(results["limits"]))
-    weights = sum(weight.nbytes for weight in model.parameters())
-    tokens = len(prompts) * model.config.block_size
-    floor = floor_seconds(count_parameters(model), tokens, weights + cache_bytes(prefill(model, prompts)), limits)
+    floor = step_floor(model, prompts, limits)
     row = {"batch": len(prompts), "context": prompts.shape[1], "step_ms": 1e3 * step, "floor_ms": 1e3 * floor}
     row |= {"tokens_per_s": new_tokens * len(prompts) / seconds, "layers_ms": None, "choice_ms": None}
     row |= {"num_kernels": None, "kernels": {}, "limits": limits._asdict()}

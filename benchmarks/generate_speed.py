@@ -208,6 +208,13 @@ def contestants(
     return runs
 
 
+def step_floor(model: ArcLMForDiffusionLM, prompts: torch.Tensor, limits: Limits) -> float:
+    """Return the seconds that a denoising step after prompts [B, P] cannot beat."""
+    weights = sum(weight.nbytes for weight in model.parameters())
+    tokens = len(prompts) * model.config.block_size
+    return floor_seconds(count_parameters(model), tokens, weights + cache_bytes(prefill(model, prompts)), limits)
+
+
 def measure(
     model: ArcLMForDiffusionLM,
     parent: Qwen3_5ForCausalLM,
@@ -219,7 +226,7 @@ def measure(
     repeats: int,
 ) -> dict:
     """Time one batch of prompts [B, P], P a multiple of the block; returns a row of the table."""
-    config, device = model.config, prompts.device.type
+    device = prompts.device.type
     steps = new_tokens // tokens_per_step
     runs = contestants(model, parent, prompts, peer, new_tokens=new_tokens, steps=steps)
     with watched_captures(model) as captures:
@@ -233,10 +240,7 @@ def measure(
     for name in MODELS:
         seconds[name], step[name] = median(results.get(name, [])) or (None, None)
 
-    cache = prefill(model, prompts)
-    weights = sum(weight.nbytes for weight in model.parameters())
-    tokens = len(prompts) * config.block_size
-    floor = floor_seconds(count_parameters(model), tokens, weights + cache_bytes(cache), limits)
+    floor = step_floor(model, prompts, limits)
     return {
         "batch": len(prompts),
         "context": prompts.shape[1],

@@ -14,7 +14,7 @@ from .attention_kernels_arclm import attention, query_key
 from .cache_arclm import ArcLMCache, CacheAccess, last_tokens
 from .configuration_arclm import ArcLMConfig
 from .delta_kernels_arclm import convolution, delta_rule, gated_norm
-from .kernels_arclm import CHECKS, _error, _normal_numbers, usable
+from .kernels_arclm import CHECKS, normal_numbers, relative_error, usable
 from .layers_arclm import ArcLMLinear, runs_as_written
 from .linear_kernels_arclm import linear, rms_norm, silu_mul
 from .streams_arclm import Streams
@@ -87,8 +87,10 @@ def _delta_net(net: nn.Module, x: torch.Tensor, batch: int, streams: Streams, ac
 
     if split < mixed.shape[1]:
         state = read(slice(split, None), streams.token_mask, need_final=True)
-        end = slice(split, None) if streams.token_mask is not None else slice(max(split, 1 - net.kernel), None)
-        history = last_tokens(torch.cat((history, mixed[:, end]), 1), net.kernel - 1, streams.token_mask)
+        clean = mixed[:, split:]
+        if streams.token_mask is None:  # then no more of it can be kept
+            clean = clean[:, 1 - net.kernel :]
+        history = last_tokens(torch.cat((history, clean), 1), net.kernel - 1, streams.token_mask)
     if split:
         read(slice(split), None, need_final=False)
     if access is not None and access.commit:
@@ -167,7 +169,7 @@ def _check_fused_layer(device: torch.device, layer_class: type, dtype: torch.dty
     config._attn_implementation = "sdpa"
     if not _fits(config):
         raise ValueError("there are no tiles for the shapes of this model")
-    normal, results, (context, block) = _normal_numbers(device), [], CHECK_LENGTHS
+    normal, results, (context, block) = normal_numbers(device), [], CHECK_LENGTHS
     with torch.device("meta"):  # without its random numbers
         layer = layer_class(config, 0)
     layer = layer.to_empty(device=device).eval()
@@ -195,7 +197,7 @@ def _check_fused_layer(device: torch.device, layer_class: type, dtype: torch.dty
                 cache.token_mask = torch.ones(2, cache.num_columns, dtype=torch.bool, device=device)
         results += [x.float() for x in (cache.keys + cache.recurrent_states) if x is not None]
     half = len(results) // 2
-    return _error(tuple(results[:half]), tuple(results[half:]))
+    return relative_error(tuple(results[:half]), tuple(results[half:]))
 
 
 CHECKS["fused_layer"] = (_check_fused_layer, 3e-2)

@@ -298,13 +298,13 @@ def _obstacle(kernel: str, device: torch.device, problem: tuple) -> str | None:
     return None if error <= bound else f"its self-check is off by {error:.1e}, and {bound:.0e} is allowed"
 
 
-def _normal_numbers(device: torch.device) -> Callable:
+def normal_numbers(device: torch.device) -> Callable:
     """Draw from a generator of their own: a check must not move the caller's random numbers."""
     generator = torch.Generator(device).manual_seed(0)
     return lambda *shape: torch.randn(shape, generator=generator, device=device)
 
 
-def _error(results: tuple, expected: tuple) -> float:
+def relative_error(results: tuple, expected: tuple) -> float:
     """The largest difference, relative to the largest number; NaN if anything is."""
     errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(results, expected, strict=True)]
     return float(torch.stack(errors).double().max())
@@ -312,7 +312,7 @@ def _error(results: tuple, expected: tuple) -> float:
 
 def _check_affine_scan(device: torch.device, key_dim: int, value_dim: int) -> float:
     """Scan both ways, against a loop in float64."""
-    normal = _normal_numbers(device)
+    normal = normal_numbers(device)
     transition = normal(2, 5, 3, key_dim, key_dim) * 0.5 * key_dim**-0.5
     update, state = (normal(*shape, 3, key_dim, value_dim) for shape in ((2, 5), (2,)))
     forward, backward = [state.double()], [state.double()]
@@ -320,12 +320,12 @@ def _check_affine_scan(device: torch.device, key_dim: int, value_dim: int) -> fl
         forward.append(transition[:, n].double() @ forward[-1] + update[:, n])
         backward.append(transition[:, 4 - n].double().mT @ backward[-1] + update[:, 4 - n])
     results = affine_scan(transition, update, state), affine_scan(transition, update, state, reverse=True)
-    return _error(results, (torch.stack(forward, 1), torch.stack(backward[::-1], 1)))
+    return relative_error(results, (torch.stack(forward, 1), torch.stack(backward[::-1], 1)))
 
 
 def _check_sample_rows(device: torch.device) -> float:
     """Greedy results of a few rows, and the frequencies of many samples."""
-    normal = _normal_numbers(device)
+    normal = normal_numbers(device)
     logits = normal(3, 2 * VOCABULARY_TILE + 5) * 4
     logits[1, 5::9] = 20.0  # equal ones, of which the first counts, within a tile and between tiles
     mask_token_id = int(logits[0].argmax())
@@ -333,7 +333,7 @@ def _check_sample_rows(device: torch.device) -> float:
     tokens, confidence, entropy, is_finite = sample_rows(logits, is_suppressed, mask_token_id)
     probs = logits.double().masked_fill(is_suppressed, -torch.inf).softmax(-1)
     expected = probs.argmax(-1)
-    exact = _error((confidence, entropy), (probs.amax(-1), torch.special.entr(probs).sum(-1)))
+    exact = relative_error((confidence, entropy), (probs.amax(-1), torch.special.entr(probs).sum(-1)))
 
     logits = normal(7).expand(300, 7)
     seed = torch.tensor([1], device=device)
