@@ -6,6 +6,9 @@ from torch import nn
 from .kernels_arclm import tl, triton
 
 
+SPLITS, PROGRAMS = 16, 256  # of the keys at most, and programs to share the work of few queries
+
+
 if triton is not None:
 
     @triton.jit(do_not_specialize=["tokens"])
@@ -49,7 +52,7 @@ if triton is not None:
         x = (x * c + tl.where(d < half, -other, other) * s) * scale
         tl.store(target + d, x.to(target.dtype.element_ty))
 
-    @triton.jit(do_not_specialize=["rows", "tokens", "columns", "split_size", "mask_batch", "mask_row"])
+    @triton.jit(do_not_specialize=["rows", "tokens", "columns", "mask_batch", "mask_row"])
     def _attention_kernel(
         queries,
         keys,
@@ -60,7 +63,6 @@ if triton is not None:
         rows,
         tokens,
         columns,
-        split_size,
         key_batch,
         key_head,
         key_row,
@@ -75,7 +77,7 @@ if triton is not None:
         M_TILE: tl.constexpr,
         N_TILE: tl.constexpr,
     ):
-        """M_TILE queries of one key head over one split of its keys; see `attention`."""
+        """M_TILE queries of one key head over every so many tiles of its keys; see `attention`."""
         split, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
         row, d = tl.program_id(0) * M_TILE + tl.arange(0, M_TILE), tl.arange(0, D)
         token, inside = row % tokens, row < rows
@@ -85,23 +87,24 @@ if triton is not None:
         highest = tl.full((M_TILE,), -1e30, tl.float32)
         total = tl.zeros((M_TILE,), tl.float32)
         result = tl.zeros((M_TILE, D), tl.float32)
-        stop = tl.minimum((split + 1) * split_size, columns)
-        for start in range(split * split_size, stop, N_TILE):
+        # every so many tiles: what is masked lies together, and is left out
+        for start in range(split * N_TILE, columns, tl.num_programs(1) * N_TILE):
             column = start + tl.arange(0, N_TILE)
-            is_key = column < stop
-            at = column[:, None].to(tl.int64)
-            k = tl.load(keys + at * key_row + d[None, :], mask=is_key[:, None], other=0.0)
+            is_key = column < columns
             visible = inside[:, None] & is_key[None, :]
             if mask is not None:
                 of_mask = batch * mask_batch + token[:, None] * mask_row + column[None, :]
                 visible = visible & (tl.load(mask + of_mask, mask=visible, other=0) != 0)
-            scores = tl.where(visible, tl.dot(q, tl.trans(k)) * scale, -1e30)
-            higher = tl.maximum(highest, tl.max(scores, 1))
-            weights = tl.where(visible, tl.exp(scores - higher[:, None]), 0.0)
-            fade = tl.exp(highest - higher)
-            v = tl.load(values + at * value_row + d[None, :], mask=is_key[:, None], other=0.0)
-            result = tl.dot(weights.to(v.dtype), v, result * fade[:, None])
-            total, highest = total * fade + tl.sum(weights, 1), higher
+            if tl.max(tl.max(visible.to(tl.int32), 1), 0) > 0:
+                at = column[:, None].to(tl.int64)
+                k = tl.load(keys + at * key_row + d[None, :], mask=is_key[:, None], other=0.0)
+                v = tl.load(values + at * value_row + d[None, :], mask=is_key[:, None], other=0.0)
+                scores = tl.where(visible, tl.dot(q, tl.trans(k)) * scale, -1e30)
+                higher = tl.maximum(highest, tl.max(scores, 1))
+                weights = tl.where(visible, tl.exp(scores - higher[:, None]), 0.0)
+                fade = tl.exp(highest - higher)
+                result = tl.dot(weights.to(v.dtype), v, result * fade[:, None])
+                total, highest = total * fade + tl.sum(weights, 1), higher
         cell = (split * tl.num_programs(2) + head) * rows + row
         tl.store(partial + cell[:, None] * D + d[None, :], result, mask=inside[:, None])
         size = tl.num_programs(1).to(tl.int64) * tl.num_programs(2) * rows
@@ -198,9 +201,7 @@ def attention(
     tokens, heads = query_gate.shape[1], query_gate.shape[2] // (2 * dim)
     m_tile, n_tile = min(32, max(16, triton.next_power_of_2(rows))), 32
     tiles = triton.cdiv(rows, m_tile) * batch * key_heads
-    splits = max(1, min(8, triton.cdiv(128, tiles), triton.cdiv(columns, 2 * n_tile)))
-    split_size = triton.cdiv(triton.cdiv(columns, splits), n_tile) * n_tile
-    splits = triton.cdiv(columns, split_size)
+    splits = max(1, min(SPLITS, triton.cdiv(PROGRAMS, tiles), triton.cdiv(columns, n_tile)))
     partial = torch.empty(splits, batch, key_heads, rows, dim, dtype=torch.float32, device=queries.device)
     statistics = torch.empty(2, splits, batch, key_heads, rows, dtype=torch.float32, device=queries.device)
     _attention_kernel[(triton.cdiv(rows, m_tile), splits, batch * key_heads)](
@@ -213,7 +214,6 @@ def attention(
         rows,
         tokens,
         columns,
-        split_size,
         *keys.stride()[:3],
         *values.stride()[:3],
         0 if mask is None or len(mask) == 1 else mask.stride(0),

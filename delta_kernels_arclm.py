@@ -51,7 +51,7 @@ if triton is not None:
         tl.store(output + at, total.to(output.dtype.element_ty), mask=(token < tokens)[:, None])
 
     @triton.jit
-    def _unit_inverse(a):
+    def unit_inverse(a):
         """(I + a)^{-1} of a strictly lower triangular a [16, 16].
 
         Blocks of 4, then all. What couples four solved blocks to one is nilpotent, n^4 = 0, so that
@@ -74,7 +74,7 @@ if triton is not None:
     def _written(keys, values, from_state, fade, beta, row):
         """What a chunk writes: (I + tril(beta k k^T fade, -1))^{-1} beta (v - what the state has for its keys)."""
         coupling = tl.dot(keys, tl.trans(keys)) * fade * beta[:, None]
-        inverse = _unit_inverse(tl.where(row[:, None] > row[None, :], coupling, 0.0))
+        inverse = unit_inverse(tl.where(row[:, None] > row[None, :], coupling, 0.0))
         return tl.dot(inverse, beta[:, None] * (values.to(tl.float32) - from_state)).to(keys.dtype)
 
     @triton.jit(do_not_specialize=["tokens"])
@@ -217,7 +217,8 @@ def delta_rule(
     output = qkv.new_empty(batch, tokens, heads, value_dim)
     final = torch.empty_like(state) if need_final else None
     b, a = gates
-    tile = min(32, value_dim)
+    # wider where the heads alone fill a GPU: every program reads the keys
+    tile = min(64 if batch * heads >= 64 else 32, value_dim)
     _delta_rule_kernel[(value_dim // tile, batch * heads)](
         qkv,
         a,

@@ -7,6 +7,7 @@ from reference import blockwise_logits
 
 from arclm import modeling_arclm
 from arclm.kernels_arclm import usable
+from arclm.linear_cross_entropy import linear_cross_entropy
 
 
 pytestmark = pytest.mark.gpu
@@ -54,24 +55,88 @@ def test_every_kernel_passes_its_self_check_at_the_heads_of_the_model(kernel, pr
     assert usable(kernel, torch.device("cuda", 0), *problem)
 
 
-@torch.no_grad()
-def test_layers_in_few_kernels_are_the_layers_on_a_gpu(monkeypatch):
-    """With the heads of Qwen3.5-0.8B; a row of one block takes other kernels than three rows."""
-    heads = {"head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_value_heads": 4}
-    model = tiny_model(**heads, hidden_size=256, intermediate_size=512, block_size=64).to("cuda", torch.bfloat16)
-    use_fused_layer, used = modeling_arclm.use_fused_layer, []
-    for batch in (1, 3):
-        x_0, x_t = tokens(batch, 192).cuda(), tokens(batch, 64, 1).cuda()
-        mask = torch.ones_like(x_0)
-        mask[1:, :70] = 0
-        outputs = []
-        for wanted in (True, False):
-            monkeypatch.setattr(
-                modeling_arclm, "use_fused_layer", lambda *x, wanted=wanted: used.append(use_fused_layer(*x)) or wanted
-            )
-            cache = model(x_0, attention_mask=mask, use_cache=True).past_key_values
-            logits = model(noisy_input_ids=x_t, past_key_values=cache).logits
-            outputs.append([logits, *(x for x in cache.keys + cache.recurrent_states if x is not None)])
-        for fused, plain in zip(*outputs, strict=True):
-            assert (fused - plain).float().norm() < 0.03 * plain.float().norm()
+HEADS = {"head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_value_heads": 4}
+SHAPES = {**HEADS, "hidden_size": 256, "intermediate_size": 512, "block_size": 64}  # heads as those of Qwen3.5-0.8B
+
+
+def in_three_ways(monkeypatch, name: str, run) -> list[list[float]]:
+    """How far what `run` gives is from float32: in bfloat16 by kernels, and by PyTorch.
+
+    `run` takes a float32 model and whether to use bfloat16; `name` is the question that layers ask.
+    """
+    use, used, results = getattr(modeling_arclm, name), [], []
+    for use_bfloat16, by_kernel in ((False, False), (True, True), (True, False)):
+        monkeypatch.setattr(
+            modeling_arclm, name, lambda *x, wanted=by_kernel: wanted and (used.append(use(*x)) or used[-1])
+        )
+        results.append(run(tiny_model(**SHAPES).cuda(), use_bfloat16))
+    assert used
     assert all(used)
+    return [
+        [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(result, results[0], strict=True)]
+        for result in results[1:]
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])  # a row of one block takes other kernels than three rows
+def test_layers_in_few_kernels_are_the_layers_on_a_gpu(monkeypatch, batch):
+    x_0, x_t, mask = tokens(batch, 192).cuda(), tokens(batch, 64, 1).cuda(), torch.ones(batch, 192).long().cuda()
+    mask[1:, :64] = 0
+
+    def run(model, use_bfloat16: bool) -> list[torch.Tensor]:
+        model = model.bfloat16() if use_bfloat16 else model
+        cache = model(x_0, attention_mask=mask, use_cache=True).past_key_values
+        logits = model(noisy_input_ids=x_t, past_key_values=cache).logits
+        both = model(x_0[:, :64], noisy_input_ids=x_t, past_key_values=cache, use_cache=True).logits
+        return [logits, both, *(x for x in cache.recurrent_states if x is not None)]
+
+    by_kernels, by_pytorch = in_three_ways(monkeypatch, "use_fused_layer", run)
+    assert max(by_kernels) < 1.5 * max(by_pytorch)
+
+
+def test_layers_with_gradients_are_the_layers_on_a_gpu(monkeypatch):
+    x_0, mask = tokens(2, 150).cuda(), torch.ones(2, 150).long().cuda()
+    x_t = x_0.masked_fill(torch.rand(x_0.shape, generator=torch.Generator().manual_seed(5)).cuda() < 0.5, MASK)
+    mask[1, :40] = 0
+    labels = torch.where((x_t == MASK) & (mask == 1), x_0, -100)
+
+    def run(model, use_bfloat16: bool) -> list[torch.Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=use_bfloat16):  # as the Trainer
+            loss = model(x_0, mask, noisy_input_ids=x_t, labels=labels).loss
+            with torch.no_grad():
+                logits = model(x_0, mask, noisy_input_ids=x_t).logits[mask == 1]
+        loss.backward()
+        return [loss.detach(), logits, *(parameter.grad for parameter in model.parameters())]
+
+    by_kernels, by_pytorch = in_three_ways(monkeypatch, "use_trained_layer", run)
+    assert max(by_kernels) < 1.5 * max(by_pytorch)
+
+
+@torch.no_grad()
+def test_training_computes_what_inference_computes_on_a_gpu():
+    """Rule E1 in bfloat16: two streams by the kernels of training, block by block by those of inference."""
+    x_0, model = tokens(1, 192).cuda(), tiny_model(**SHAPES).cuda()
+    x_t = x_0.masked_fill(torch.rand(x_0.shape, generator=torch.Generator().manual_seed(5)).cuda() < 0.5, MASK)
+    exact, model = model(x_0, noisy_input_ids=x_t).logits, model.bfloat16()
+    for logits in (model(x_0, noisy_input_ids=x_t).logits, blockwise_logits(model, x_0, x_t)):
+        assert (logits.float() - exact).norm() < 0.06 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loss_and_its_gradient_on_a_gpu(dtype):
+    """Over several pieces of the vocabulary, against all logits at once in float64."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator, device="cuda") for n in (300, 250_001))
+    labels = torch.randint(250_001, (1, 300), generator=generator, device="cuda")
+    factor = torch.rand(1, 300, generator=generator, device="cuda") + 0.5
+    hidden, weight = hidden[None].to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, factor)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    losses = torch.nn.functional.cross_entropy((inputs[0] @ inputs[1].T)[0], labels[0], reduction="none")
+    expected = (losses * factor[0].double()).mean()
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    assert abs(loss.item() / expected.item() - 1) < tolerance
+    for grad, exact in zip(grads, torch.autograd.grad(expected, inputs), strict=True):
+        assert (grad - exact).norm() < tolerance * exact.norm()

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from arclm import attention_kernels_arclm, delta_kernels_arclm, linear_kernels_arclm
+from arclm import attention_kernels_arclm, delta_gradients_arclm, delta_kernels_arclm, linear_kernels_arclm
 from arclm import kernels_arclm as kernels
 from arclm.gated_delta_rule import AffineScan
 
@@ -140,10 +140,10 @@ def test_self_checks_leave_the_random_numbers_alone(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("file", ["kernels_in_interpreter.py", "layers_in_interpreter.py"])
-def test_kernels_in_the_interpreter(file):
+@pytest.mark.parametrize("what", ["kernels", "layers", "gradients"])
+def test_kernels_in_the_interpreter(what):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{what}_in_interpreter.py"]
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", "PYTEST_XDIST_WORKER": ""}
     run = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -213,13 +213,20 @@ def test_the_kernels_of_a_layer_compile_within_the_shared_memory_of_an_rtx_4090(
     attention = attention_kernels_arclm._attention_kernel, numbers, 2
     numbers = {"N0": 3584, "N1": 3584, "N2": 0, "N3": 0, "D": 1024, "GATED": True}
     linear = linear_kernels_arclm._linear_kernel, numbers | {"M_TILE": 64, "N_TILE": 64, "D_TILE": 64}, 4
-    types = {"eps": "fp32", "scale": "fp32", "mask": "*i1", "is_token": "*i1"}
-    types |= dict.fromkeys(
-        ("A_log", "state", "final_state", "partial", "statistics", "squares", "next_squares"), "*fp32"
+    numbers = {"H": 16, "KEY_HEADS": 16, "D": 128, "C": delta_gradients_arclm.CHUNK}
+    walk = numbers | {"V_TILE": delta_gradients_arclm.WALK_TILE, "CHUNKS_PER_BLOCK": 4}
+    forward = delta_gradients_arclm._forward_kernel, walk, 3
+    backward = delta_gradients_arclm._backward_kernel, walk, 3
+    numbers |= {"V_TILE": delta_gradients_arclm.GRADIENT_TILE}
+    gradients = delta_gradients_arclm._chunk_gradients_kernel, numbers, 2
+    types = {"eps": "fp32", "scale": "fp32", "mask": "*i1", "is_token": "*i1", "blocks": "*i64", "places": "*i32"}
+    numbers = "A_log state final_state partial statistics squares next_squares gates boundaries grad_boundaries"
+    types |= dict.fromkeys(f"{numbers} grad_initial grad_gates".split(), "*fp32")
+    sizes = (
+        "tokens rows parts columns mask_batch mask_row gate_batch gate_row chunks first per_row num_blocks num_noisy"
     )
-    sizes = "tokens rows parts columns split_size mask_batch mask_row gate_batch gate_row"
-    sizes += " key_batch key_head key_row value_batch value_head value_row"
-    for kernel, constants, stages in (delta_rule, attention, linear):
+    sizes += " key_batch key_head key_row value_batch value_head value_row blocks_row places_row"
+    for kernel, constants, stages in (delta_rule, attention, linear, forward, backward, gradients):
         names = [name for name in kernel.arg_names if name not in constants]
         signature = {name: types.get(name, "i32" if name in sizes.split() else "*bf16") for name in names}
         ordered = {name: signature.get(name, "constexpr") for name in kernel.arg_names}

@@ -162,20 +162,26 @@ def _fits(config: Any) -> bool:
     )
 
 
-def _check_fused_layer(device: torch.device, layer_class: type, dtype: torch.dtype, is_linear: bool, *fields) -> float:
-    """A long commit, one of a block with a denoising step, and another step, against the layer in float32."""
+def random_layer(layer_class: type, device: torch.device, is_linear: bool, *fields) -> tuple[nn.Module, ArcLMConfig]:
+    """A float32 layer for a self-check, with weights that no caller's random numbers made, and its configuration."""
     kind = "linear_attention" if is_linear else "full_attention"
     config = ArcLMConfig(**dict(zip(FIELDS, fields, strict=True)), num_hidden_layers=1, layer_types=[kind])
-    config._attn_implementation = "sdpa"
     if not _fits(config):
         raise ValueError("there are no tiles for the shapes of this model")
-    normal, results, (context, block) = normal_numbers(device), [], CHECK_LENGTHS
+    config._attn_implementation, normal = "sdpa", normal_numbers(device)
     with torch.device("meta"):  # without its random numbers
         layer = layer_class(config, 0)
-    layer = layer.to_empty(device=device).eval()
+    layer = layer.to_empty(device=device)
     for parameter in layer.parameters():
-        parameter.copy_(normal(*parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3))
-    layer = layer.to(dtype)
+        parameter.data.copy_(normal(*parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3))
+    return layer, config
+
+
+def _check_fused_layer(device: torch.device, layer_class: type, dtype: torch.dtype, is_linear: bool, *fields) -> float:
+    """A long commit, one of a block with a denoising step, and another step, against the layer in float32."""
+    layer, config = random_layer(layer_class, device, is_linear, *fields)
+    normal, results, (context, block) = normal_numbers(device), [], CHECK_LENGTHS
+    layer = layer.to(dtype).eval()
     inputs = [normal(2, columns, config.hidden_size).to(dtype) for columns in (context, 2 * block, block)]
     for run, cast in ((fused_layer, dtype), (layer_class.forward, torch.float32)):
         cache, layer = ArcLMCache(1), layer.to(cast)

@@ -11,7 +11,8 @@ Just like `transformers.models.qwen3_5`, with three differences:
 3. The cache is written by commits, passes over clean tokens, and only read by denoising steps (`ArcLMCache`).
 
 Everything else, names of weights included, is Qwen3.5's: a converted checkpoint differs by one embedding row.
-Sampling is in `generation_bd3lm.py`, noise and training in `train_bd3lm.py`.
+Sampling is in `generation_bd3lm.py`, noise and training in `train_bd3lm.py`, layers in few kernels in `fused_arclm.py`
+and, with gradients, in `trained_arclm.py`.
 """
 
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from .generation_bd3lm import BD3LMGenerationMixin
 from .layers_arclm import ArcLMConv1d, ArcLMRMSNormGated, use_arclm_linear
 from .linear_cross_entropy import linear_cross_entropy, weight_of
 from .streams_arclm import Streams, check_inputs, clean_targets, shift_right
+from .trained_arclm import trained_layer, use_trained_layer
 
 
 class ArcLMGatedDeltaNet(nn.Module):
@@ -62,22 +64,24 @@ class ArcLMGatedDeltaNet(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
         """Mix the columns [B, columns, D] of one or both streams; commits write the boundary state to the cache."""
-        mixed = self.in_proj_qkv(hidden_states)
-        beta = self.in_proj_b(hidden_states).sigmoid()
-        # float32: exp(A_log) and the sum of many small g lose too much in bfloat16
-        g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias.float())
-        if streams.token_mask is not None and streams.num_noisy < mixed.shape[1]:
-            # padding must leave the state as it is
-            is_token = F.pad(streams.token_mask, (streams.num_noisy, 0), value=True)[..., None]
-            beta, g = beta * is_token, g * is_token
-
+        mixed, (beta, g) = self.in_proj_qkv(hidden_states), self.gates(hidden_states, streams)
         if streams.noisy_blocks is not None:
             output = self._two_streams(mixed, beta, g, streams)
         else:
             output = self._after_context(mixed, beta, g, streams, access)
-
         gate = self.in_proj_z(hidden_states).unflatten(-1, (-1, self.head_v_dim))
         return self.out_proj(self.norm(output, gate).flatten(2))
+
+    def gates(self, hidden_states: torch.Tensor, streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
+        """beta and g of `DeltaRuleInputs`, [B, columns, H]."""
+        beta = self.in_proj_b(hidden_states).sigmoid()
+        # float32: exp(A_log) and the sum of many small g lose too much in bfloat16
+        g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias.float())
+        if streams.token_mask is not None and streams.num_noisy < hidden_states.shape[1]:
+            # padding must leave the state as it is
+            is_token = F.pad(streams.token_mask, (streams.num_noisy, 0), value=True)[..., None]
+            beta, g = beta * is_token, g * is_token
+        return beta, g
 
     def _after_context(self, mixed, beta, g, streams: Streams, access: CacheAccess | None) -> torch.Tensor:
         """Clean tokens after the context in the cache, then one noisy block after these, or one of the two."""
@@ -153,6 +157,8 @@ class ArcLMDecoderLayer(GradientCheckpointingLayer):
         """Map hidden states [B, columns, D] to hidden states of the same shape, or of the first `keep` columns."""
         if keep is None and use_fused_layer(self, self.config, hidden_states, streams):
             return fused_layer(self, hidden_states, streams, access)
+        if use_trained_layer(self, self.config, hidden_states, streams):
+            return trained_layer(self, hidden_states, streams, keep)
         normed = self.input_layernorm(hidden_states)
         if self.is_linear:
             mixed = self.linear_attn(normed, streams, access)

@@ -1,0 +1,117 @@
+"""Layers over two streams on a GPU, whose products are bfloat16, in a few Triton kernels with gradients.
+
+For 2,048 tokens of Qwen3.5-0.8B a linear-attention layer takes some 700 operations of PyTorch forward and backward,
+which move 20 GB; here it is the products and 17 kernels (`trained_layer`). They compute what the PyTorch layer does:
+`_check_trained_layer` compares outputs and all gradients before they are used.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention_gradients_arclm import rotated
+from .delta_gradients_arclm import CHUNK, Layout, two_stream_delta_rule
+from .fused_arclm import DEVICE, FIELDS, random_layer
+from .kernels_arclm import CHECKS, normal_numbers, relative_error, usable
+from .layer_gradients_arclm import gated_norm, rms_norm, swiglu, two_stream_convolution
+from .layers_arclm import runs_as_written
+from .streams_arclm import Streams
+
+
+CHECK_TOKENS = 300  # per row in the self-check
+
+
+def trained_layer(layer: nn.Module, hidden_states: torch.Tensor, streams: Streams, keep: int | None) -> torch.Tensor:
+    """`ArcLMDecoderLayer` over two streams: hidden states [B, columns, D] to those of the first `keep` columns."""
+    mlp, dtype = layer.mlp, product_dtype(hidden_states)
+    with torch.cuda.device_of(hidden_states):  # where Triton launches
+        normed = rms_norm(hidden_states, layer.input_layernorm, dtype)
+        if layer.is_linear:
+            mixed = _delta_net(layer.linear_attn, normed, streams)
+        else:
+            mixed = _attend(layer.self_attn, normed, streams)
+        hidden_states = hidden_states[:, :keep] + mixed[:, :keep]
+        normed = rms_norm(hidden_states, layer.post_attention_layernorm, dtype)
+        return hidden_states + mlp.down_proj(swiglu(mlp.gate_proj(normed), mlp.up_proj(normed)))
+
+
+def _delta_net(net: nn.Module, x: torch.Tensor, streams: Streams) -> torch.Tensor:
+    """`ArcLMGatedDeltaNet` over the two streams [B, columns, D]."""
+    layout = Layout.of(streams.num_noisy, streams.block_size, streams.noisy_blocks, x.shape[1])
+    key_heads = net.key_dim // net.head_k_dim
+    heads = {"head_dim": net.head_k_dim, "num_keys": 2 * key_heads}
+    qkv = two_stream_convolution(net.in_proj_qkv(x), net.conv1d.weight, layout, **heads)
+    beta, g = (gate.float() for gate in net.gates(x, streams))
+    output = two_stream_delta_rule(qkv, g, beta, layout, key_heads=key_heads, dim=net.head_k_dim)
+    gate = net.in_proj_z(x).unflatten(-1, (-1, net.head_v_dim))
+    return net.out_proj(gated_norm(output, gate, net.norm).flatten(2))
+
+
+def _attend(layer: nn.Module, x: torch.Tensor, streams: Streams) -> torch.Tensor:
+    """`ArcLMAttention` over the two streams [B, columns, D]."""
+    query, key, gate = rotated(layer.q_proj(x), layer.k_proj(x), (streams.cos, streams.sin), layer)
+    value = layer.v_proj(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
+    return layer.attend(query, key, value, gate, streams.attention)
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a linear layer gives for x: autocast's dtype under autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def use_trained_layer(layer: nn.Module, config: Any, hidden_states: torch.Tensor, streams: Streams) -> bool:
+    """Whether `trained_layer` takes these hidden states [B, columns, D]: two streams, bfloat16, and nothing changed.
+
+    Any layer may stand where the products do, one with an adapter or quantised too.
+    """
+    device = hidden_states.device
+    if device.type != DEVICE or streams.noisy_blocks is None or product_dtype(hidden_states) != torch.bfloat16:
+        return False
+    if streams.block_size % CHUNK or config.linear_conv_kernel_dim > CHUNK:
+        return False
+    if not all(map(runs_as_written, _own_modules(layer))):
+        return False
+    fields = (getattr(config, name) for name in FIELDS)
+    return usable("trained_layer", device, type(layer), torch.bfloat16, streams.block_size, layer.is_linear, *fields)
+
+
+def _own_modules(layer: nn.Module) -> list[nn.Module]:
+    """Those that kernels stand in for."""
+    own = [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp, layer.mlp.act_fn]
+    if layer.is_linear:
+        return [*own, layer.linear_attn, layer.linear_attn.conv1d, layer.linear_attn.norm]
+    return [*own, layer.self_attn, layer.self_attn.q_norm, layer.self_attn.k_norm]
+
+
+def _check_trained_layer(
+    device: torch.device, layer_class: type, dtype: torch.dtype, block_size: int, is_linear: bool, *fields
+) -> float:
+    """Outputs and all gradients of a row with padding and one without, against the layer in float32."""
+    layer, config = random_layer(layer_class, device, is_linear, *fields)
+    normal, ids = normal_numbers(device), torch.zeros(2, CHECK_TOKENS, dtype=torch.long, device=device)
+    mask, needed = torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool)
+    mask[1, CHECK_TOKENS // 2 :] = 0
+    needed[0, :block_size], needed[1, block_size : 2 * block_size] = False, False
+    _, streams = Streams.of(ids, ids, mask, block_size=block_size, needed=needed)
+    inputs = normal(2, streams.position_ids.shape[1], config.hidden_size).to(dtype)
+    weights, results = normal(*inputs.shape), []
+    # padding is read as it comes: neither run has to give it the same
+    weights[:, streams.num_noisy :] *= streams.token_mask[..., None]
+    for run, cast in ((trained_layer, dtype), (layer_class.forward, torch.float32)):
+        layer = layer.to(cast)
+        if is_linear:  # as in a loaded model
+            layer.linear_attn.norm.float()
+            layer.linear_attn.A_log.data = layer.linear_attn.A_log.float()
+        layer.zero_grad()
+        x = inputs.clone().to(cast).requires_grad_()
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            output = run(layer, x, streams.for_layers(config, None, cast), None)
+            (output.float() * weights).sum().backward()
+        grads = [x.grad, *(parameter.grad for parameter in layer.parameters())]
+        results.append([y.float() for y in (output.detach() * (weights != 0), *grads)])
+    return relative_error(*results)
+
+
+CHECKS["trained_layer"] = (_check_trained_layer, 5e-2)
