@@ -77,8 +77,7 @@ class ArcLMGatedDeltaNet(nn.Module):
         beta = self.in_proj_b(hidden_states).sigmoid()
         # float32: exp(A_log) and the sum of many small g lose too much in bfloat16
         g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias.float())
-        if streams.token_mask is not None and streams.num_noisy < hidden_states.shape[1]:
-            # padding must leave the state as it is
+        if streams.token_mask is not None and streams.num_noisy < beta.shape[1]:  # padding leaves the state alone
             is_token = F.pad(streams.token_mask, (streams.num_noisy, 0), value=True)[..., None]
             beta, g = beta * is_token, g * is_token
         return beta, g
