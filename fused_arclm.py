@@ -22,7 +22,9 @@ from .streams_arclm import Streams
 
 DEVICE = "cuda"  # the type that they run on
 MAX_QUERIES = 256  # of a row; more fill a GPU by themselves, as PyTorch's attention reads them
-CHECK_LENGTHS = 144, 16  # of the context and the block in the self-check: several splits of the keys
+# Contexts and blocks of the self-check: several splits of the keys, several chunks of the delta rule in a block,
+# few rows and more.
+CHECK_LENGTHS = (192, 32), (192, 64)
 FEW_ROWS = 64  # up to here a product waits for its weights, and is faster in one launch with what stands around it
 # What the kernels are compiled for.
 FIELDS = (
@@ -172,22 +174,33 @@ def random_layer(layer_class: type, device: torch.device, is_linear: bool, *fiel
     with torch.device("meta"):  # without its random numbers
         layer = layer_class(config, 0)
     layer = layer.to_empty(device=device)
-    for parameter in layer.parameters():
+    for name, parameter in layer.named_parameters():
         parameter.data.copy_(normal(*parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3))
+        if name.endswith("A_log"):  # decays by a few percent per token: a state that is lost shows
+            parameter.data -= 4
     return layer, config
 
 
+def as_loaded(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The layer in a dtype but for what stays in float32, as `from_pretrained` leaves it."""
+    layer.to(dtype)
+    if layer.is_linear:
+        layer.linear_attn.norm.float()
+        layer.linear_attn.A_log.data = layer.linear_attn.A_log.float()
+    return layer
+
+
 def _check_fused_layer(device: torch.device, layer_class: type, dtype: torch.dtype, is_linear: bool, *fields) -> float:
-    """A long commit, one of a block with a denoising step, and another step, against the layer in float32."""
     layer, config = random_layer(layer_class, device, is_linear, *fields)
-    normal, results, (context, block) = normal_numbers(device), [], CHECK_LENGTHS
-    layer = layer.to(dtype).eval()
+    return max(_error(layer.to(dtype).eval(), config, *lengths, dtype) for lengths in CHECK_LENGTHS)
+
+
+def _error(layer: nn.Module, config: ArcLMConfig, context: int, block: int, dtype: torch.dtype) -> float:
+    """A long commit, one of a block with a denoising step, and another step, against the layer in float32."""
+    device, normal, results = next(layer.parameters()).device, normal_numbers(next(layer.parameters()).device), []
     inputs = [normal(2, columns, config.hidden_size).to(dtype) for columns in (context, 2 * block, block)]
-    for run, cast in ((fused_layer, dtype), (layer_class.forward, torch.float32)):
-        cache, layer = ArcLMCache(1), layer.to(cast)
-        if is_linear:  # as in a loaded model
-            layer.linear_attn.norm.float()
-            layer.linear_attn.A_log.data = layer.linear_attn.A_log.float()
+    for run, cast in ((fused_layer, dtype), (type(layer).forward, torch.float32)):
+        cache, layer = ArcLMCache(1), as_loaded(layer, cast)
         mask = torch.ones(2, block, dtype=torch.long, device=device)
         mask[1] = 0
         for x, (clean, noisy) in zip(inputs, ((context, 0), (block, block), (0, block)), strict=True):

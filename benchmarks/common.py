@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -326,6 +327,10 @@ def versions(dllm: str | None = None, packages: tuple[str, ...] = ()) -> dict:
     """Return versions of what was measured, those of further packages and the commit of a dLLM checkout among them."""
     names = ("torch", "transformers", *packages)
     found = {"python": platform.python_version()} | {name: version(name) for name in names}
+    if torch.cuda.is_available():  # what compiles the kernels, and what transformers takes for its own
+        for name in ("triton", "flash-linear-attention"):
+            with suppress(PackageNotFoundError):
+                found[name] = version(name)
     if dllm is not None:
         # the first line is where the directory is in its repository: at the top, or the commit is another project's
         command = ["git", "-C", dllm, "rev-parse", "--show-prefix", "HEAD"]
