@@ -15,7 +15,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-GPU_SCRIPTS ?= denoising_step gpu_tests generate_speed train_speed train_memory optimizers scaling
+GPU_SCRIPTS ?= gpu_tests denoising_step generate_speed train_speed train_memory optimizers scaling
 OUT ?= benchmarks/results
 DLLM ?=
 
