@@ -52,7 +52,7 @@ if triton is not None:
         coupling = tl.dot(keys, tl.trans(keys)) * fade * beta[:, None]
         return unit_inverse(tl.where(row[:, None] > row[None, :], coupling, 0.0))
 
-    @triton.jit(do_not_specialize=["tokens", "chunks", "first", "columns", "per_row", "num_blocks"])
+    @triton.jit(do_not_specialize=["tokens", "chunks", "first", "columns", "per_row", "num_blocks", "blocks_row"])
     def _forward_kernel(
         qkv,
         gates,
@@ -110,7 +110,7 @@ if triton is not None:
             tl.store(written + of_output, u, mask=inside[:, None])
             s = s * tl.exp(total) + tl.dot(tl.trans(keys), (u * tl.exp(total - decay)[:, None]).to(keys.dtype))
 
-    @triton.jit(do_not_specialize=["tokens", "chunks", "first", "columns", "per_row", "num_noisy"])
+    @triton.jit(do_not_specialize=["tokens", "chunks", "first", "columns", "per_row", "num_noisy", "places_row"])
     def _backward_kernel(
         qkv,
         gates,

@@ -294,7 +294,8 @@ def _obstacle(kernel: str, device: torch.device, problem: tuple) -> str | None:
         return "its compute capability is {}.{}, and {}.{} is the least".format(*capability, *MIN_CAPABILITY)
     check, bound = CHECKS[kernel]
     # a pass that asks may be checkpointed, which counts what is saved for gradients: what a check saves is none of it
-    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+    own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), torch.no_grad(), own:  # an evaluation may ask, and a check have gradients
         error = check(device, *problem)
     return None if error <= bound else f"its self-check is off by {error:.1e}, and {bound:.0e} is allowed"
 

@@ -114,7 +114,7 @@ if triton is not None:
             total += x * tl.load(weight + channel * TAPS + tap).to(tl.float32)[None, :]
         return total
 
-    @triton.jit(do_not_specialize=["num_noisy", "columns"])
+    @triton.jit(do_not_specialize=["num_noisy", "columns", "blocks_row"])
     def _convolution_kernel(
         mixed,
         weight,
@@ -142,7 +142,7 @@ if triton is not None:
         at = column.to(tl.int64)[:, None] * channels + channel[None, :]
         tl.store(output + at, y.to(output.dtype.element_ty), mask=(column < columns)[:, None])
 
-    @triton.jit(do_not_specialize=["num_noisy", "columns"])
+    @triton.jit(do_not_specialize=["num_noisy", "columns", "blocks_row"])
     def _convolution_sums_kernel(
         mixed,
         weight,
@@ -184,7 +184,7 @@ if triton is not None:
             x = tl.load(mixed + of_source, mask=there[:, None], other=0.0).to(tl.float32)
             tl.store(grad_weight + (part + channel) * TAPS + tap, tl.sum(dy * x, 0))
 
-    @triton.jit(do_not_specialize=["num_noisy", "columns"])
+    @triton.jit(do_not_specialize=["num_noisy", "columns", "places_row"])
     def _convolution_inputs_kernel(
         weight,
         places,

@@ -11,6 +11,7 @@ from arclm.linear_cross_entropy import linear_cross_entropy
 
 
 pytestmark = pytest.mark.gpu
+KERNELS = {"affine_scan": (128, 128), "sample_rows": (), "cross_entropy": (torch.bfloat16,)}
 
 
 def noisy_pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +51,7 @@ def test_bfloat16_trains_and_generates_on_a_gpu():
     assert not (greedy[0] == MASK).any()
 
 
-@pytest.mark.parametrize(("kernel", "problem"), [("affine_scan", (128, 128)), ("sample_rows", ())])
+@pytest.mark.parametrize(("kernel", "problem"), KERNELS.items())
 def test_every_kernel_passes_its_self_check_at_the_heads_of_the_model(kernel, problem):
     assert usable(kernel, torch.device("cuda", 0), *problem)
 

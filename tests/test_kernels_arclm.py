@@ -68,17 +68,25 @@ def test_a_kernel_that_raises_is_not_used(warnings, monkeypatch):
     assert "its self-check raised RuntimeError: out of resource: shared memory. PyTorch" in warnings[0]
 
 
-def test_what_a_self_check_saves_is_no_part_of_a_checkpointed_pass(warnings, monkeypatch):
-    def check(device) -> float:
-        with torch.enable_grad():
-            x = torch.ones(3, requires_grad=True)
-            (x * x).sum().backward()
-        return 0.0
+def check_with_gradients(device) -> float:
+    with torch.enable_grad():
+        x = torch.ones(3, requires_grad=True)
+        (x * x).sum().backward()
+    return 0.0
 
+
+def test_a_self_check_has_gradients_whoever_asks(warnings, monkeypatch):
+    set_check(monkeypatch, "sample_rows", check_with_gradients)
+    with torch.inference_mode():
+        assert kernels.usable("sample_rows", GPU)
+    assert not warnings
+
+
+def test_what_a_self_check_saves_is_no_part_of_a_checkpointed_pass(warnings, monkeypatch):
     def asking(x):
         return (x * x).sin() if kernels.usable("sample_rows", GPU) else x
 
-    set_check(monkeypatch, "sample_rows", check)
+    set_check(monkeypatch, "sample_rows", check_with_gradients)
     x = torch.arange(3.0, requires_grad=True)
     torch.utils.checkpoint.checkpoint(asking, x, use_reentrant=False).sum().backward()
     assert torch.equal(x.grad, 2 * x * (x * x).cos())

@@ -61,6 +61,7 @@ def test_other_passes_do_not(asked, monkeypatch):
 CHANGES = {
     "a hook on a norm": lambda layer: layer.input_layernorm.register_forward_hook(lambda *_: None),
     "a hook on the MLP": lambda layer: layer.mlp.register_forward_pre_hook(lambda *_: None),
+    "a hook on gradients": lambda layer: layer.mlp.register_full_backward_hook(lambda *_: None),
     "a wrapped convolution": lambda layer: setattr(layer.linear_attn.conv1d, "forward", torch.relu),
 }
 

@@ -12,7 +12,7 @@ TOKEN_TILE = 16
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["tokens"])
+    @triton.jit(do_not_specialize=["tokens", "rotary_batch"])
     def _query_key_gradients_kernel(
         query_gate,
         key,

@@ -217,8 +217,7 @@ def delta_rule(
     output = qkv.new_empty(batch, tokens, heads, value_dim)
     final = torch.empty_like(state) if need_final else None
     b, a = gates
-    # wider where the heads alone fill a GPU: every program reads the keys
-    tile = min(64 if batch * heads >= 64 else 32, value_dim)
+    tile = min(32, value_dim)
     _delta_rule_kernel[(value_dim // tile, batch * heads)](
         qkv,
         a,

@@ -42,6 +42,7 @@ def use_arclm_linear(model: nn.Module) -> None:
 def runs_as_written(module: nn.Module) -> bool:
     """Whether a call of the module does what its class says: no hook, no wrapped `forward`, no adapter."""
     changes = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    changes = changes or module._backward_hooks or module._backward_pre_hooks
     return not changes and not type(module).__module__.startswith("peft.")
 
 

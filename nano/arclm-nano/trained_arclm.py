@@ -90,9 +90,10 @@ def _check_trained_layer(
 ) -> float:
     """Outputs and all gradients of a row with padding and one without, against the layer in float32."""
     layer, config = random_layer(layer_class, device, is_linear, *fields)
-    normal, ids = normal_numbers(device), torch.zeros(2, CHECK_TOKENS, dtype=torch.long, device=device)
+    tokens = max(CHECK_TOKENS, block_size + CHUNK)  # a block that starts from a state is among them
+    normal, ids = normal_numbers(device), torch.zeros(2, tokens, dtype=torch.long, device=device)
     mask, needed = torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool)
-    mask[1, CHECK_TOKENS // 2 :] = 0
+    mask[1, tokens // 2 :] = 0
     needed[0, :block_size], needed[1, block_size : 2 * block_size] = False, False
     _, streams = Streams.of(ids, ids, mask, block_size=block_size, needed=needed)
     inputs = normal(2, streams.position_ids.shape[1], config.hidden_size).to(dtype)
