@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .kernels_arclm import tl, triton
+from .kernels_arclm import row_stride, tl, triton
 
 
 SPLITS, PROGRAMS = 16, 256  # of the keys at most, and programs to share the work of few queries
@@ -164,7 +164,7 @@ def query_key(
         keys,
         query_gate.stride(1),
         key.stride(1),
-        0 if len(cos) == 1 else cos.stride(0),
+        row_stride(cos),
         attention.q_norm.eps,
         tokens,
         H=heads,
@@ -216,7 +216,7 @@ def attention(
         columns,
         *keys.stride()[:3],
         *values.stride()[:3],
-        0 if mask is None or len(mask) == 1 else mask.stride(0),
+        0 if mask is None else row_stride(mask),
         0 if mask is None else mask.stride(2),
         scale,
         KEY_HEADS=key_heads,

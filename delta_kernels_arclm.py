@@ -51,7 +51,7 @@ if triton is not None:
         tl.store(output + at, total.to(output.dtype.element_ty), mask=(token < tokens)[:, None])
 
     @triton.jit
-    def unit_inverse(a):
+    def _unit_inverse(a):
         """(I + a)^{-1} of a strictly lower triangular a [16, 16].
 
         Blocks of 4, then all. What couples four solved blocks to one is nilpotent, n^4 = 0, so that
@@ -71,11 +71,17 @@ if triton is not None:
         return tl.where(x > 20.0, x, tl.where(e < 1e-3, e - 0.5 * e * e, tl.log(1.0 + e)))
 
     @triton.jit
+    def inverse_of(keys, beta, fade, row):
+        """(I + tril(beta k k^T fade, -1))^{-1} of a chunk [16, 16]."""
+        coupling = tl.dot(keys, tl.trans(keys)) * fade * beta[:, None]
+        return _unit_inverse(tl.where(row[:, None] > row[None, :], coupling, 0.0))
+
+    @triton.jit
     def _written(keys, values, from_state, fade, beta, row):
         """What a chunk writes: (I + tril(beta k k^T fade, -1))^{-1} beta (v - what the state has for its keys)."""
-        coupling = tl.dot(keys, tl.trans(keys)) * fade * beta[:, None]
-        inverse = unit_inverse(tl.where(row[:, None] > row[None, :], coupling, 0.0))
-        return tl.dot(inverse, beta[:, None] * (values.to(tl.float32) - from_state)).to(keys.dtype)
+        return tl.dot(inverse_of(keys, beta, fade, row), beta[:, None] * (values.to(tl.float32) - from_state)).to(
+            keys.dtype
+        )
 
     @triton.jit(do_not_specialize=["tokens"])
     def _delta_rule_kernel(

@@ -39,6 +39,12 @@ def use_arclm_linear(model: nn.Module) -> None:
             module.__class__ = ArcLMLinear
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a linear layer gives for x: autocast's dtype under autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def runs_as_written(module: nn.Module) -> bool:
     """Whether a call of the module does what its class says: no hook, no wrapped `forward`, no adapter."""
     changes = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)

@@ -191,9 +191,9 @@ def linear(
     return output if scaled is None else (output, scaled)
 
 
-def rms_norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    """`Qwen3_5RMSNorm` of the rows of x [rows, D]."""
-    dim, output = x.shape[1], torch.empty_like(x)
+def rms_norm(x: torch.Tensor, norm: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`Qwen3_5RMSNorm` of the rows of x [rows, D], in `dtype`, that of x if `None`."""
+    dim, output = x.shape[1], torch.empty_like(x, dtype=dtype)
     tile = triton.next_power_of_2(dim)
     _norm_kernel[(len(x),)](
         x, norm.weight, output, norm.eps, D=dim, D_TILE=tile, num_warps=max(1, min(8, tile // 256))

@@ -15,7 +15,7 @@ from .delta_gradients_arclm import CHUNK, Layout, two_stream_delta_rule
 from .fused_arclm import DEVICE, FIELDS, as_loaded, random_layer
 from .kernels_arclm import CHECKS, normal_numbers, relative_error, usable
 from .layer_gradients_arclm import gated_norm, rms_norm, swiglu, two_stream_convolution
-from .layers_arclm import runs_as_written
+from .layers_arclm import product_dtype, runs_as_written
 from .streams_arclm import Streams
 
 
@@ -53,12 +53,6 @@ def _attend(layer: nn.Module, x: torch.Tensor, streams: Streams) -> torch.Tensor
     query, key, gate = rotated(layer.q_proj(x), layer.k_proj(x), (streams.cos, streams.sin), layer)
     value = layer.v_proj(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
     return layer.attend(query, key, value, gate, streams.attention)
-
-
-def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """What a linear layer gives for x: autocast's dtype under autocast."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def use_trained_layer(layer: nn.Module, config: Any, hidden_states: torch.Tensor, streams: Streams) -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .attention_kernels_arclm import query_key
-from .kernels_arclm import tl, triton
+from .kernels_arclm import row_stride, tl, triton
 
 
 TOKEN_TILE = 16
@@ -91,7 +91,7 @@ class _QueryKey(torch.autograd.Function):
             *(query_gate, key, cos, sin, query_weight, key_weight),
             *(grad.contiguous() for grad in grads),
             *(grad_query_gate, grad_key, parts),
-            *(0 if len(cos) == 1 else cos.stride(0), ctx.eps, tokens),
+            *(row_stride(cos), ctx.eps, tokens),
             H=heads,
             KEY_HEADS=key_heads,
             D=dim,

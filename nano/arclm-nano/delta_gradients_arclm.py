@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from .delta_kernels_arclm import unit_inverse
-from .kernels_arclm import tl, triton
+from .delta_kernels_arclm import inverse_of
+from .kernels_arclm import row_stride, tl, triton
 
 
 # Tokens that a program reads at once, and values: more do not fit into the registers.
@@ -46,12 +46,6 @@ if triton is not None:
         fade = tl.where(row[:, None] >= row[None, :], tl.exp(decay[:, None] - decay[None, :]), 0.0)
         return decay, total, tl.load(gates + at + H, mask=inside, other=0.0), fade
 
-    @triton.jit
-    def _inverse_of(keys, beta, fade, row):
-        """(I + tril(beta k k^T F, -1))^{-1} of a chunk [C, C]."""
-        coupling = tl.dot(keys, tl.trans(keys)) * fade * beta[:, None]
-        return unit_inverse(tl.where(row[:, None] > row[None, :], coupling, 0.0))
-
     @triton.jit(do_not_specialize=["tokens", "chunks", "first", "columns", "per_row", "num_blocks", "blocks_row"])
     def _forward_kernel(
         qkv,
@@ -75,7 +69,7 @@ if triton is not None:
         V_TILE: tl.constexpr,
         CHUNKS_PER_BLOCK: tl.constexpr,
     ):
-        """V_TILE values of one head of one sequence; see `_run`."""
+        """V_TILE values of one head of a sequence: outputs, what is written, states before chunks, and blocks."""
         part, head, sequence, batch, number, begin = _place_of(D // V_TILE, H, tokens, first, columns, per_row)
         row, key, value = tl.arange(0, C), tl.arange(0, D), part * V_TILE + tl.arange(0, V_TILE)
         channels: tl.constexpr = 2 * KEY_HEADS * D + H * D
@@ -101,7 +95,7 @@ if triton is not None:
             keys = tl.load(k + of_keys, mask=inside[:, None], other=0.0)
             values = tl.load(v + token[:, None] * channels + value[None, :], mask=inside[:, None], other=0.0)
             rest = b[:, None] * (values.to(tl.float32) - tl.exp(decay)[:, None] * tl.dot(keys, s16))
-            u = tl.dot(_inverse_of(keys, b, fade, row), rest).to(keys.dtype)
+            u = tl.dot(inverse_of(keys, b, fade, row), rest).to(keys.dtype)
             queries = tl.load(q + of_keys, mask=inside[:, None], other=0.0)
             weights = (tl.dot(queries, tl.trans(keys)) * fade).to(keys.dtype)
             out = (tl.exp(decay)[:, None] * tl.dot(queries, s16) + tl.dot(weights, u)) * D**-0.5
@@ -134,7 +128,7 @@ if triton is not None:
         V_TILE: tl.constexpr,
         CHUNKS_PER_BLOCK: tl.constexpr,
     ):
-        """From the last chunk to the first, the gradient of the state after each, and dr; see `_run_back`."""
+        """From the last chunk to the first, the gradient of the state after each, and dr."""
         part, head, sequence, batch, _, begin = _place_of(D // V_TILE, H, tokens, first, columns, per_row)
         row, key, value = tl.arange(0, C), tl.arange(0, D), part * V_TILE + tl.arange(0, V_TILE)
         channels: tl.constexpr = 2 * KEY_HEADS * D + H * D
@@ -163,7 +157,7 @@ if triton is not None:
             weights = tl.dot(queries, tl.trans(keys)) * fade * D**-0.5
             du = tl.dot(tl.trans(weights.to(keys.dtype)), do)
             du += tl.exp(total - decay)[:, None] * tl.dot(keys, ds16)
-            dr = tl.dot(tl.trans(_inverse_of(keys, b, fade, row)), du)
+            dr = tl.dot(tl.trans(inverse_of(keys, b, fade, row)), du)
             tl.store(grad_rest + of_output, dr.to(keys.dtype), mask=inside[:, None])
             dr *= (b * tl.exp(decay))[:, None]
             ds = ds * tl.exp(total) - tl.dot(tl.trans(keys), dr.to(keys.dtype))
@@ -390,8 +384,3 @@ def two_stream_delta_rule(
         [B, columns, H, dim] in the dtype of qkv.
     """
     return _TwoStreamDeltaRule.apply(qkv.contiguous(), torch.stack((g, beta), 2), layout, key_heads, dim)
-
-
-def row_stride(x: torch.Tensor) -> int:
-    """How far apart the rows of x [B or 1, n] are, 0 for the same one."""
-    return 0 if len(x) == 1 else x.stride(0)

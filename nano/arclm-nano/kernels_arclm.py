@@ -300,6 +300,11 @@ def _obstacle(kernel: str, device: torch.device, problem: tuple) -> str | None:
     return None if error <= bound else f"its self-check is off by {error:.1e}, and {bound:.0e} is allowed"
 
 
+def row_stride(x: torch.Tensor) -> int:
+    """How far apart the rows of x [B or 1, ...] are, 0 for the same one."""
+    return 0 if len(x) == 1 else x.stride(0)
+
+
 def normal_numbers(device: torch.device) -> Callable:
     """Draw from a generator of their own: a check must not move the caller's random numbers."""
     generator = torch.Generator(device).manual_seed(0)

@@ -7,8 +7,10 @@ everything in float32, and its gradient computes again what was not kept. Gradie
 import torch
 from torch import nn
 
-from .delta_gradients_arclm import Layout, row_stride
-from .kernels_arclm import tl, triton
+from .delta_gradients_arclm import Layout
+from .delta_kernels_arclm import gated_norm as gated_norm_of_rows
+from .kernels_arclm import row_stride, tl, triton
+from .linear_kernels_arclm import rms_norm as rms_norm_of_rows
 from .linear_kernels_arclm import silu_mul
 
 
@@ -26,21 +28,6 @@ if triton is not None:
         return z * s, s * (1.0 + z * (1.0 - s))
 
     @triton.jit(do_not_specialize=["rows"])
-    def _norm_kernel(x, weight, gate, output, rows, eps, D: tl.constexpr, D_TILE: tl.constexpr, R: tl.constexpr):
-        """RMSNorm of R rows [D] whose weight counts from 0, or with a gate from 1, times SiLU of the gate."""
-        row, column = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, D_TILE)
-        inside = (row < rows)[:, None] & (column < D)[None, :]
-        at = row[:, None] * D + column[None, :]
-        y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        y *= tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
-        w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
-        if gate is None:
-            y *= 1.0 + w[None, :]
-        else:
-            y *= w[None, :] * _gate_of(gate, at, inside)[0]
-        tl.store(output + at, y.to(output.dtype.element_ty), mask=inside)
-
-    @triton.jit(do_not_specialize=["rows"])
     def _norm_gradients_kernel(
         x,
         weight,
@@ -55,7 +42,7 @@ if triton is not None:
         D_TILE: tl.constexpr,
         R: tl.constexpr,
     ):
-        """The gradients of `_norm_kernel` for every so many R rows, that of the weight summed over them."""
+        """The gradients of RMSNorm, maybe gated, for every so many R rows, that of the weight summed over them."""
         program, column = tl.program_id(0), tl.arange(0, D_TILE)
         w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         if gate is None:
@@ -130,7 +117,7 @@ if triton is not None:
         TAPS: tl.constexpr,
         T_TILE: tl.constexpr,
     ):
-        """D channels, a head, at T_TILE columns of one row; see `TwoStreamConvolution`."""
+        """D channels, a head, at T_TILE columns of one row; see `two_stream_convolution`."""
         head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
         column, channel = tl.program_id(0) * T_TILE + tl.arange(0, T_TILE), head * D + tl.arange(0, D)
         first = batch * columns * channels
@@ -224,32 +211,28 @@ if triton is not None:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, gate, eps: float, dtype: torch.dtype) -> torch.Tensor:
-        x, ctx.eps, dim = x.contiguous(), eps, x.shape[-1]
-        gate = gate if gate is None else gate.contiguous()
-        output = torch.empty_like(x, dtype=dtype)
-        tile = triton.next_power_of_2(dim)
-        ctx.sizes = {"D": dim, "D_TILE": tile, "R": max(1, 1024 // tile)}
-        rows = x.numel() // dim
-        _norm_kernel[(triton.cdiv(rows, ctx.sizes["R"]),)](
-            x, weight, gate, output, rows, eps, **ctx.sizes, num_warps=4
-        )
+    def forward(ctx, x, weight, gate, norm: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        x, gate, ctx.eps = x.contiguous(), gate if gate is None else gate.contiguous(), norm.eps
         ctx.save_for_backward(x, weight, gate)
-        return output
+        if gate is None:
+            return rms_norm_of_rows(x.flatten(0, -2), norm, dtype).view(x.shape)
+        return gated_norm_of_rows(x.flatten(0, -3), gate.flatten(-2).flatten(0, -2), norm).view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: torch.Tensor) -> tuple:
         x, weight, gate = ctx.saved_tensors
         grad_x, grad_gate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
-        rows = x.numel() // ctx.sizes["D"]
-        programs = min(PROGRAMS, triton.cdiv(rows, ctx.sizes["R"]))
-        parts = torch.empty(programs, ctx.sizes["D"], dtype=torch.float32, device=x.device)
+        dim = x.shape[-1]
+        rows, tile = x.numel() // dim, triton.next_power_of_2(dim)
+        at_once = max(1, 1024 // tile)
+        programs = min(PROGRAMS, triton.cdiv(rows, at_once))
+        parts = torch.empty(programs, dim, dtype=torch.float32, device=x.device)
         _norm_gradients_kernel[(programs,)](
-            *(x, weight, gate, grad_output.contiguous(), grad_x, parts, grad_gate),
-            rows,
-            ctx.eps,
-            **ctx.sizes,
+            *(x, weight, gate, grad_output.contiguous(), grad_x, parts, grad_gate, rows, ctx.eps),
+            D=dim,
+            D_TILE=tile,
+            R=at_once,
             num_warps=4,
         )
         return grad_x, parts.sum(0).to(weight.dtype), grad_gate, None, None
@@ -311,12 +294,12 @@ class _TwoStreamConvolution(torch.autograd.Function):
 
 def rms_norm(x: torch.Tensor, norm: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """`Qwen3_5RMSNorm` of x [..., D], in `dtype`."""
-    return _Norm.apply(x, norm.weight, None, norm.eps, dtype)
+    return _Norm.apply(x, norm.weight, None, norm, dtype)
 
 
 def gated_norm(x: torch.Tensor, gate: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     """`ArcLMRMSNormGated` of x and its gate, both [..., Vd]."""
-    return _Norm.apply(x, norm.weight, gate, norm.eps, x.dtype)
+    return _Norm.apply(x, norm.weight, gate, norm, x.dtype)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

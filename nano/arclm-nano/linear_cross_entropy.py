@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from .layers_arclm import product_dtype
 from .loss_kernels_arclm import add_logits, to_gradient, use_loss_kernels
 
 
@@ -43,9 +44,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"labels has ids from {low} to {high}, outside the vocabulary [0, {len(weight)}). Use -100 for no target."
         )
-    device = hidden_states.device.type
-    if torch.is_autocast_enabled(device):  # which does not look into an autograd function
-        hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+    hidden_states = hidden_states.to(product_dtype(hidden_states))  # autocast does not look into an autograd function
     total = _LinearCrossEntropy.apply(hidden_states, weight, labels, factor)
     return total / (max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch)
 
