@@ -1,4 +1,4 @@
-# Every target does its own set-up: python3 (3.10 or later) and make are enough.
+# Every target does its own set-up: python3 (3.11 or later) and make are enough.
 #
 #   make demo      the main job: convert, train, generate and measure the small model
 #   make test      the test suite on a CPU

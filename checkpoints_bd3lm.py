@@ -1,5 +1,6 @@
 """Converted models and checkpoints on disk, and what lets a run of train_bd3lm.py stop at any moment and go on."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,8 +68,10 @@ def find_checkpoints(output_dir: str) -> list[Path]:
 
 def is_whole(folder: Path) -> bool:
     """Return whether a checkpoint was written to its end."""
-    state = folder / "trainer_state.json"
-    return state.is_file() and state.stat().st_size > 0
+    try:
+        return bool(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 def choose_checkpoint(args: TrainingArguments, config: Config, lora_rank: int) -> str | None:
@@ -145,14 +148,17 @@ class StopBeforeNaN(TrainerCallback):
         where = f"the loss of rows {rows} of the training samples" if rows else "the gradient, not the loss,"
         advice = "Nothing was trained yet: look at these rows, and at the weights that the run began from."
         if state.global_step:
-            folder = trainer.checkpoint_dir()
-            if folder not in find_checkpoints(args.output_dir):
+            folder, earlier = trainer.checkpoint_dir(), find_checkpoints(args.output_dir)
+            if folder not in earlier:
+                args.save_total_limit = None  # these weights led to NaN: an earlier checkpoint may be the better one
                 trainer._save_checkpoint(trainer.model_wrapped, None)
             new = "the run anew" if isinstance(trainer.model, PeftModel) else f"with --model_name_or_path {folder}"
             advice = (
                 f"{folder} has the weights before it, but to resume is to repeat the step. Begin {new}, another "
                 f"--output_dir and a lower --learning_rate (now {args.learning_rate:g})."
             )
+            if older := [path for path in earlier if path != folder]:
+                advice += f" If that fails too, {older[-1]} is from before."
         raise TrainingError(f"In optimizer step {state.global_step + 1} {where} is not finite. {advice}")
 
 

@@ -20,15 +20,15 @@ from typing import NamedTuple
 
 import torch
 
-from .delta_kernels_arclm import inverse_of
+from .delta_kernels_arclm import CHUNK
 from .kernels_arclm import row_stride, tl, triton
 
 
-# Tokens that a program reads at once, and values: more do not fit into the registers.
-CHUNK, WALK_TILE, GRADIENT_TILE = 16, 32, 16
+WALK_TILE, GRADIENT_TILE = 32, 16  # values that a program reads at once: more do not fit into the registers
 
 
 if triton is not None:
+    from .delta_kernels_arclm import inverse_of, read_chunk
 
     @triton.jit
     def _place_of(parts, H: tl.constexpr, tokens, first, columns, per_row):
@@ -83,8 +83,9 @@ if triton is not None:
             block = tl.load(blocks + batch * blocks_row + number)
             s = tl.load(boundaries + (batch * num_blocks + block) * H * D * D + of_state)
         for chunk in range(chunks):
-            s16 = s.to(qkv.dtype.element_ty)
-            tl.store(states + (sequence * chunks + chunk) * H * D * D + of_state, s16)
+            if states is not None:
+                before = s.to(qkv.dtype.element_ty)
+                tl.store(states + (sequence * chunks + chunk) * H * D * D + of_state, before)
             if blocks is None:
                 block = chunk // CHUNKS_PER_BLOCK
                 if chunk % CHUNKS_PER_BLOCK == 0:
@@ -94,15 +95,11 @@ if triton is not None:
             of_keys = token[:, None] * channels + key[None, :]
             keys = tl.load(k + of_keys, mask=inside[:, None], other=0.0)
             values = tl.load(v + token[:, None] * channels + value[None, :], mask=inside[:, None], other=0.0)
-            rest = b[:, None] * (values.to(tl.float32) - tl.exp(decay)[:, None] * tl.dot(keys, s16))
-            u = tl.dot(inverse_of(keys, b, fade, row), rest).to(keys.dtype)
             queries = tl.load(q + of_keys, mask=inside[:, None], other=0.0)
-            weights = (tl.dot(queries, tl.trans(keys)) * fade).to(keys.dtype)
-            out = (tl.exp(decay)[:, None] * tl.dot(queries, s16) + tl.dot(weights, u)) * D**-0.5
+            out, u, s = read_chunk(queries, keys, values, s, decay, total, fade, b, row)
             of_output = token[:, None] * H * D + value[None, :]
             tl.store(output + of_output, out.to(output.dtype.element_ty), mask=inside[:, None])
             tl.store(written + of_output, u, mask=inside[:, None])
-            s = s * tl.exp(total) + tl.dot(tl.trans(keys), (u * tl.exp(total - decay)[:, None]).to(keys.dtype))
 
     @triton.jit(do_not_specialize=["tokens", "chunks", "first", "columns", "per_row", "num_noisy", "places_row"])
     def _backward_kernel(
@@ -322,8 +319,10 @@ class _TwoStreamDeltaRule(torch.autograd.Function):
         boundaries, states = gates.new_empty(batch, layout.places.shape[1], heads, dim, dim), []
         for noisy in (False, True):
             sizes, tile = layout.sequences(columns, noisy=noisy), min(WALK_TILE, dim)
-            states.append(qkv.new_empty(batch * sizes[-1], sizes[1], heads, dim, dim))
-            _forward_kernel[(dim // tile * len(states[-1]) * heads,)](
+            sequences, chunks = batch * sizes[-1], sizes[1]
+            # the backward pass alone reads them, and they are eight times what the layer puts out
+            states.append(qkv.new_empty(sequences, chunks, heads, dim, dim) if any(ctx.needs_input_grad) else None)
+            _forward_kernel[(dim // tile * sequences * heads,)](
                 *(qkv, gates, layout.blocks if noisy else None, boundaries, output, written, states[-1]),
                 *(*sizes, boundaries.shape[1], row_stride(layout.blocks)),
                 **shape,

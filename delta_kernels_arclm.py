@@ -77,11 +77,16 @@ if triton is not None:
         return _unit_inverse(tl.where(row[:, None] > row[None, :], coupling, 0.0))
 
     @triton.jit
-    def _written(keys, values, from_state, fade, beta, row):
-        """What a chunk writes: (I + tril(beta k k^T fade, -1))^{-1} beta (v - what the state has for its keys)."""
-        return tl.dot(inverse_of(keys, beta, fade, row), beta[:, None] * (values.to(tl.float32) - from_state)).to(
-            keys.dtype
-        )
+    def read_chunk(queries, keys, values, s, decay, total, fade, beta, row):
+        """Outputs of a chunk and what it writes [C, V], and the state after it, from the state s [K, V] before it."""
+        s16 = s.to(keys.dtype)
+        rest = beta[:, None] * (values.to(tl.float32) - tl.exp(decay)[:, None] * tl.dot(keys, s16))
+        u = tl.dot(inverse_of(keys, beta, fade, row), rest).to(keys.dtype)
+        weights = (tl.dot(queries, tl.trans(keys)) * fade).to(keys.dtype)
+        output = (tl.exp(decay)[:, None] * tl.dot(queries, s16) + tl.dot(weights, u)) * queries.shape[1] ** -0.5
+        # after the last chunk too: under a condition, Triton 3.6 on Hopper reads keys that are overwritten already
+        at_end = (u * tl.exp(total - decay)[:, None]).to(keys.dtype)
+        return output, u, s * tl.exp(total) + tl.dot(tl.trans(keys), at_end)
 
     @triton.jit(do_not_specialize=["tokens"])
     def _delta_rule_kernel(
@@ -131,17 +136,11 @@ if triton is not None:
 
             of_keys = token[:, None] * row_stride + key[None, :]
             keys = tl.load(k + of_keys, mask=inside[:, None], other=0.0)
-            s16 = s.to(keys.dtype)
             values = tl.load(v + token[:, None] * row_stride + value[None, :], mask=inside[:, None], other=0.0)
-            v_new = _written(keys, values, tl.exp(decay)[:, None] * tl.dot(keys, s16), fade, beta, row)
             queries = tl.load(q + of_keys, mask=inside[:, None], other=0.0)
-            weights = (tl.dot(queries, tl.trans(keys)) * fade).to(keys.dtype)
-            out = (tl.exp(decay)[:, None] * tl.dot(queries, s16) + tl.dot(weights, v_new)) * K**-0.5
+            out, _, s = read_chunk(queries, keys, values, s, decay, total, fade, beta, row)
             of_output = token[:, None] * H * V + value[None, :]
             tl.store(output + of_output, out.to(output.dtype.element_ty), mask=inside[:, None])
-            # after the last chunk too: under a condition, Triton 3.6 on Hopper reads keys that are overwritten already
-            v_end = v_new * tl.exp(total - decay)[:, None]
-            s = s * tl.exp(total) + tl.dot(tl.trans(keys), v_end.to(keys.dtype))
         if final_state is not None:
             tl.store(final_state + of_state, s)
 
@@ -198,7 +197,7 @@ def delta_rule(
     gates: tuple[torch.Tensor, torch.Tensor],
     decay: tuple[torch.Tensor, torch.Tensor],
     state: torch.Tensor,
-    token_mask: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None,
     *,
     key_heads: int,
     need_final: bool,

@@ -113,7 +113,8 @@ def evaluate_nelbo(
     tokens = sum(label != IGNORE for sample in samples for label in sample["labels"])
     if not tokens:
         raise InputError("There is no token to predict: every label is -100, or every text has fewer than 2 tokens.")
-    totals = torch.zeros(num_draws, dtype=torch.float64)
+    totals, was_training = torch.zeros(num_draws, dtype=torch.float64), model.training
+    model.eval()
     for start in tqdm(range(0, len(samples), batch_size), desc="batches", disable=None):
         rows = range(start, min(start + batch_size, len(samples)))
         batch = collate([{**samples[row], "row": row} for row in rows])
@@ -130,6 +131,7 @@ def evaluate_nelbo(
                 block_size=block_size,
             ).loss
             totals[draw] += loss.item()
+    model.train(was_training)
     draws = totals / tokens
     nelbo = draws.mean().item()
     return {

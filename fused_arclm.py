@@ -76,7 +76,7 @@ def _delta_net(net: nn.Module, x: torch.Tensor, batch: int, streams: Streams, ac
     if history is None:
         history = mixed.new_zeros(batch, net.kernel - 1, mixed.shape[-1])
         state = mixed.new_zeros(batch, heads, net.head_k_dim, net.head_v_dim, dtype=torch.float32)
-    # what the PyTorch layer leaves is a view of the states of all chunks
+    # the kernels read dense rows, and rows of a cache may have been cut out of others
     history, state = history.contiguous(), state.contiguous()
 
     def read(columns: slice, token_mask: torch.Tensor | None, need_final: bool) -> torch.Tensor | None:
@@ -120,26 +120,38 @@ def _products(x: torch.Tensor, layers: list[nn.Linear]) -> list[torch.Tensor]:
     return [layer(x) for layer in layers]
 
 
-def use_fused_layer(layer: nn.Module, config: Any, hidden_states: torch.Tensor, streams: Streams) -> bool:
+def use_fused_layer(layer: nn.Module, hidden_states: torch.Tensor, streams: Streams) -> bool:
     """Whether `fused_layer` takes these hidden states [B, columns, D]: bfloat16, no gradients, and nothing changed.
 
     Not float16: rows on their way through a norm (`Scaled`) may go beyond its range.
     """
-    dtype, device = hidden_states.dtype, hidden_states.device
-    if device.type != DEVICE or dtype != torch.bfloat16 or streams.noisy_blocks is not None:
+    device = hidden_states.device
+    if device.type != DEVICE or hidden_states.dtype != torch.bfloat16 or streams.noisy_blocks is not None:
         return False
     if torch.is_grad_enabled() or layer.training or torch.is_autocast_enabled(device.type):
         return False
     is_short = hidden_states.shape[1] <= MAX_QUERIES and len(streams.attention) == 1
-    if not layer.is_linear and not (is_short and config._attn_implementation == "sdpa"):
+    if not layer.is_linear and not (is_short and layer.config._attn_implementation == "sdpa"):
         return False
-    if not _is_plain(layer, dtype, device):
-        return False
-    return usable("fused_layer", device, type(layer), dtype, layer.is_linear, *(getattr(config, x) for x in FIELDS))
+    return _is_plain(layer, device) and usable("fused_layer", device, torch.bfloat16, *kind_of(layer))
 
 
-def _is_plain(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the layer is what its class made: no hook, no adapter, nothing quantised, no bias."""
+def kind_of(layer: nn.Module) -> tuple:
+    """What kernels in place of a layer are compiled for: the classes that it is made of, its mixer, the shapes."""
+    fields = (getattr(layer.config, name) for name in FIELDS)
+    return tuple(map(type, [layer, *own_modules(layer)])), layer.is_linear, *fields
+
+
+def own_modules(layer: nn.Module) -> list[nn.Module]:
+    """The modules of a layer that kernels stand in for, beside its products."""
+    own = [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp, layer.mlp.act_fn]
+    if layer.is_linear:
+        return [*own, layer.linear_attn, layer.linear_attn.conv1d, layer.linear_attn.norm]
+    return [*own, layer.self_attn, layer.self_attn.q_norm, layer.self_attn.k_norm]
+
+
+def _is_plain(layer: nn.Module, device: torch.device) -> bool:
+    """Whether a layer has the plain products, in bfloat16, and does nothing else: no hook, no adapter."""
     for module in layer.modules():
         if not runs_as_written(module):
             return False
@@ -147,7 +159,7 @@ def _is_plain(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> boo
             type(module).forward not in (nn.Linear.forward, ArcLMLinear.forward)
             or type(module.weight) is not nn.Parameter
             or not module.weight.is_contiguous()
-            or (module.weight.dtype, module.weight.device, module.bias) != (dtype, device, None)
+            or (module.weight.dtype, module.weight.device, module.bias) != (torch.bfloat16, device, None)
         ):
             return False
     return True
@@ -164,15 +176,23 @@ def _fits(config: Any) -> bool:
     )
 
 
-def random_layer(layer_class: type, device: torch.device, is_linear: bool, *fields) -> tuple[nn.Module, ArcLMConfig]:
-    """A float32 layer for a self-check, with weights that no caller's random numbers made, and its configuration."""
+def random_layer(
+    device: torch.device, classes: tuple[type, ...], is_linear: bool, *fields
+) -> tuple[nn.Module, ArcLMConfig]:
+    """A float32 layer of a kind for a self-check, with weights that no caller's random numbers made, and its config.
+
+    Raises:
+        ValueError: there are no kernels for such a layer.
+    """
     kind = "linear_attention" if is_linear else "full_attention"
     config = ArcLMConfig(**dict(zip(FIELDS, fields, strict=True)), num_hidden_layers=1, layer_types=[kind])
     if not _fits(config):
         raise ValueError("there are no tiles for the shapes of this model")
     config._attn_implementation, normal = "sdpa", normal_numbers(device)
     with torch.device("meta"):  # without its random numbers
-        layer = layer_class(config, 0)
+        layer = classes[0](config, 0)
+    if tuple(map(type, own_modules(layer))) != classes[1:]:
+        raise ValueError("somebody put other modules into its layers")
     layer = layer.to_empty(device=device)
     for name, parameter in layer.named_parameters():
         parameter.data.copy_(normal(*parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3))
@@ -190,8 +210,8 @@ def as_loaded(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
-def _check_fused_layer(device: torch.device, layer_class: type, dtype: torch.dtype, is_linear: bool, *fields) -> float:
-    layer, config = random_layer(layer_class, device, is_linear, *fields)
+def _check_fused_layer(device: torch.device, dtype: torch.dtype, *kind) -> float:
+    layer, config = random_layer(device, *kind)
     return max(_error(layer.to(dtype).eval(), config, *lengths, dtype) for lengths in CHECK_LENGTHS)
 
 

@@ -33,11 +33,11 @@ from .streams_arclm import Streams, check_inputs
 logger = logging.get_logger(__name__)
 
 # Powers of two from here on: a conversation captures few times as it grows. Columns in vain cost little, for at 0.8B a
-# step reads 1 GB of weights and 12 KB per column.
+# step's layers read 1 GB of weights and 12 KB per column.
 MIN_COLUMNS = 1024
-# What a model may hold in static buffers, over all rows: 0.8 GB at 0.8B. Denoising beyond it is not captured.
+# What a call may hold in static buffers, over all rows: 0.8 GB at 0.8B. Denoising beyond it is not captured.
 MAX_COLUMNS = 65_536
-# Positions of the blocks that a model may hold in captured choices, over all of them: each keeps logits for every
+# Positions of the blocks that a call may hold in captured choices, over all of them: each keeps logits for every
 # position, 0.5 GB at 0.8B. A choice for more is not captured: that computes logits for what is masked only.
 MAX_ROWS = 1024
 # What `choose` depends on beside the tensors that a block holds.
@@ -399,7 +399,10 @@ def borrow_graphs(model: nn.Module, borrower: Any) -> DenoisingGraphs | None:
     if key is None:
         return None
     idle = _IDLE.setdefault(model, [])
-    graphs = idle.pop() if idle else DenoisingGraphs(CAPTURES[model.device.type](model.device))
+    try:
+        graphs = idle.pop()
+    except IndexError:  # asked first and popped then, another thread could come between
+        graphs = DenoisingGraphs(CAPTURES[model.device.type](model.device))
     graphs.renew(key)
     weakref.finalize(borrower, idle.append, graphs)
     return graphs

@@ -1,7 +1,8 @@
 """Triton kernels with gradients of what stands between a layer's products: norms, gates, the convolution.
 
-PyTorch reads and writes the hidden states at every operation; here each function reads its inputs once and computes
-everything in float32, and its gradient computes again what was not kept. Gradients of weights are summed in parts.
+PyTorch reads and writes the hidden states at every operation; here a function reads its inputs once, computes in
+float32 and writes its result, and its gradient computes again what was not kept. Gradients of weights are summed in
+parts.
 """
 
 import torch

@@ -12,7 +12,8 @@ A row is a batch of random tokens, of which the last `response` share is trained
 x_0. The floor of a step is the time that large matrix products of the same precision, measured in the same rounds,
 take for the operations of `model_flops`; utilisation is the floor over arcLM's time. Peak memory is that of one step
 with all that it needs: weights, gradients, optimizer and activations, without the libraries. Targets are for the shape
-hidden256 on a CPU, and for 2,048 tokens of the 0.8B shapes on a GPU, which come first.
+hidden256 on a CPU, and for 2,048 tokens of the 0.8B shapes on a GPU, which come first, with gradient checkpointing, as
+the card's run, and without.
 """
 
 from collections.abc import Callable
@@ -161,37 +162,49 @@ def model_flops(model: nn.Module, rows: tuple[int, int, float]) -> float:
 
 
 def prepare(
-    name: str, shape: str | dict, rows: tuple[int, int, float], device: str, dllm: str | None
+    name: str, shape: str | dict, rows: tuple[int, int, float], device: str, dllm: str | None, checkpointing: bool
 ) -> Callable[[], float]:
     """Return the training step of one contestant, "arclm" or "dllm", on `rows`: batch, length, response share."""
     model = make_arclm(shape, device, torch.float32)
     config = model.config
     x_0, labels = random_rows(config, *rows, device)
+    if name == "dllm":
+        model = make_parent(model)
+        model.config.use_cache = False  # as transformers' Trainer
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # as transformers' Trainer
     if name == "arclm":
         return training_step(model, arclm_loss(model, x_0, labels), device)
-    parent = make_parent(model)
-    parent.config.use_cache = False  # as transformers' Trainer
-    del model
-    peer = load_dllm(dllm, DLLM_TRAINER)
+    parent, peer = model, load_dllm(dllm, DLLM_TRAINER)
     return training_step(parent, dllm_loss(peer, parent, config, x_0, labels), device)
 
 
-def measure(shape: str | dict, rows: tuple[int, int, float], device: str, dllm: str | None, *, repeats: int) -> dict:
+def measure(
+    shape: str | dict,
+    rows: tuple[int, int, float],
+    device: str,
+    dllm: str | None,
+    *,
+    repeats: int,
+    checkpointing: bool = False,
+) -> dict:
     """Time and weigh one batch of `rows`: batch, length, response share; returns a row of the table."""
     names = [name for name in MODELS if name != "dllm" or dllm is not None]
-    steps = {name: prepare(name, shape, rows, device, dllm) for name in names}
+    made = shape, rows, device, dllm, checkpointing
+    steps = {name: prepare(name, *made) for name in names}
     contestants = {name: lambda step=step: timed(step, device) for name, step in steps.items()}
     contestants["limits"] = measure_limits(device, default_dtype(device))
     results = interleave(contestants, repeats)
     del steps, contestants
     seconds = {name: median(results.get(name, [])) for name in MODELS}
     needed = model_flops(make_arclm(shape, "meta", torch.float32), rows) / median(results["limits"])[0]
-    memory = {name: peak_memory(device, prepare, name, shape, rows, device, dllm) for name in names if results[name]}
+    memory = {name: peak_memory(device, prepare, name, *made) for name in names if results[name]}
     batch, length, response = rows
     return {
         "batch": batch,
         "length": length,
         "response": response,
+        "gradient_checkpointing": checkpointing,
         **{f"{name}_s": seconds[name] for name in MODELS},
         **{f"{name}_tokens_per_s": ratio(batch * length, seconds[name]) for name in MODELS},
         **{f"{name}_peak_mb": ratio(memory.get(name), MB) for name in MODELS},
@@ -211,7 +224,11 @@ def targets_of(shape: str, batch: int, length: int, device: str) -> dict[str, fl
 
 def plot(rows: list[dict], file: Path) -> None:
     """Draw tokens per second and peak memory of every row."""
-    names = [f"{row['shape']}\n{row['batch']} x {row['length']}\n{row['response']:.0%}" for row in rows]
+    names = [
+        f"{row['shape']}\n{row['batch']} x {row['length']}\n{row['response']:.0%}"
+        + ("\ncheckpointing" if row["gradient_checkpointing"] else "")
+        for row in rows
+    ]
     panels = {
         label: {model: [row[f"{model}_{name}"] for row in rows] for model in MODELS}
         for label, name in (("tokens per second", "tokens_per_s"), ("peak memory (MB)", "peak_mb"))
@@ -231,12 +248,14 @@ def main() -> None:
     file = Path(args.output_file or default_output("train_speed", args.device))
     load_dllm(args.dllm, DLLM_TRAINER)
     for shape, length, batch, response in sizes:
-        row = measure(shape, (batch, length, response), args.device, args.dllm, repeats=args.repeats)
-        if targets := targets_of(shape, batch, length, args.device):
-            row = check_targets(row, targets)
-        record["rows"].append({"shape": shape, **row})
-        print(record["rows"][-1], flush=True)
-        write_record(record, file)  # after every row: what is cut off loses little
+        for checkpointing in (True, False) if is_gpu and shape == "0.8b" else (False,):
+            rows, knobs = (batch, length, response), {"repeats": args.repeats, "checkpointing": checkpointing}
+            row = measure(shape, rows, args.device, args.dllm, **knobs)
+            if targets := targets_of(shape, batch, length, args.device):
+                row = check_targets(row, targets)
+            record["rows"].append({"shape": shape, **row})
+            print(record["rows"][-1], flush=True)
+            write_record(record, file)  # after every row: what is cut off loses little
     print_table("Training step: seconds, tokens per second, peak memory", record["rows"])
     plot(record["rows"], file.with_suffix(".png"))
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from arclm.configuration_arclm import ArcLMConfig
+from arclm.fused_arclm import kind_of
 from arclm.modeling_arclm import ArcLMForDiffusionLM
 from arclm.nano.build_tokenizer import build_tokenizer
 
@@ -60,6 +61,14 @@ def tiny_model(seed: int = 0, **changes) -> ArcLMForDiffusionLM:
     return model
 
 
+def kind_with_tiles(*, is_linear: bool, **changes) -> tuple:
+    """`kind_of` a tiny layer whose shapes the Triton kernels have tiles for."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, **changes}
+    layers = tiny_model(**sizes, linear_conv_kernel_dim=4).model.layers
+    return kind_of(next(layer for layer in layers if layer.is_linear == is_linear))
+
+
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """[batch, length] ids in [2, 96): no padding, end or mask token among them."""
     return torch.randint(2, MASK, (batch, length), generator=torch.Generator().manual_seed(seed))
@@ -78,9 +87,12 @@ def no_grad():
 
 
 @pytest.fixture(autouse=True)
-def nan_filled_empty_tensors(monkeypatch):
+def nan_filled_empty_tensors(request):
     """Fill torch.empty with NaN, so that uninitialised memory cannot pass for a zero."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    on_gpu = request.node.get_closest_marker("gpu")  # whose other algorithms are not those that users run
+    torch.use_deterministic_algorithms(not on_gpu, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def chat(*turns: str, **row) -> dict:

@@ -2,20 +2,20 @@
 
 import pytest
 import torch
+from conftest import kind_with_tiles
 
 from arclm import loss_kernels_arclm
 from arclm import trained_arclm as trained
-from arclm.modeling_arclm import ArcLMDecoderLayer
+from arclm.delta_gradients_arclm import Layout, two_stream_delta_rule
 
 
 CPU = torch.device("cpu")
-SHAPES = (64, 96, "silu", 1e-6, 32, 4, 2, 4, 16, 2, 4, 16)  # as `fused_arclm.FIELDS`
 
 
 def check(monkeypatch, is_linear: bool, block_size: int, tokens: int) -> float:
     monkeypatch.setattr(trained, "CHECK_TOKENS", tokens)
     with torch.no_grad():
-        return trained._check_trained_layer(CPU, ArcLMDecoderLayer, torch.float32, block_size, is_linear, *SHAPES)
+        return trained._check_trained_layer(CPU, torch.float32, block_size, *kind_with_tiles(is_linear=is_linear))
 
 
 # whole blocks of one chunk; a last block that goes beyond the row, blocks of several chunks
@@ -33,6 +33,19 @@ def test_the_self_check_sees_a_gradient_that_is_lost(monkeypatch):
 
     monkeypatch.setattr(trained, "two_stream_delta_rule", without)
     assert check(monkeypatch, True, 16, 40) > 0.1
+
+
+def test_without_gradients_the_outputs_are_the_same():
+    """And the states of all chunks are not kept."""
+    layout = Layout.of(32, 16, torch.tensor([[0, 2]]), 32 + 40)
+    normal = torch.Generator().manual_seed(0)
+    qkv, gates = (torch.randn(2, 72, width, generator=normal) for width in (2 * 16 + 2 * 16, 4))
+    g, beta = -gates[..., :2].exp() * 0.1, gates[..., 2:].sigmoid()
+    outputs = [
+        two_stream_delta_rule(qkv * 0.2, g.requires_grad_(needed), beta, layout, key_heads=1, dim=16)
+        for needed in (True, False)
+    ]
+    assert torch.equal(*outputs)
 
 
 def test_cross_entropy_over_pieces_of_the_vocabulary(monkeypatch):

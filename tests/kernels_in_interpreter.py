@@ -20,34 +20,22 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(kernels, "VOCABULARY_TILE", 64)
 
 
-class KernelScan(torch.autograd.Function):
-    """`AffineScan`, by the kernel."""
-
-    @staticmethod
-    def forward(ctx, transition, update, initial_state):
-        states = kernels.affine_scan(transition, update, initial_state)
-        ctx.save_for_backward(transition, states)
-        return states
-
-    @staticmethod
-    def backward(ctx, grad_states):
-        transition, states = ctx.saved_tensors
-        grad = kernels.affine_scan(transition, grad_states[:, :-1], grad_states[:, -1], reverse=True)
-        return grad[:, 1:] @ states[:, :-1].mT, grad[:, 1:], grad[:, 0]
-
-
 # key and value dimensions below, at and above the tiles of 16, and no power of 2
 @pytest.mark.parametrize(("chunks", "key_dim", "value_dim"), [(4, 10, 14), (1, 16, 33), (3, 24, 16), (2, 128, 128)])
-def test_affine_scan_and_its_gradient_equal_pytorch(chunks, key_dim, value_dim):
+def test_affine_scan_and_its_gradient_equal_pytorch(monkeypatch, chunks, key_dim, value_dim):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, chunks, 3, key_dim, key_dim), (2, chunks, 3, key_dim, value_dim), (2, 3, key_dim, value_dim)]
     inputs = [torch.randn(shape, generator=generator) * key_dim**-0.5 for shape in shapes]
     # transposed in memory: the kernel must not take strides for granted
     inputs = [x.mT.contiguous().mT.requires_grad_() for x in inputs]
-    results = KernelScan.apply(*inputs), AffineScan.apply(*inputs)
+    weights = torch.randn(2, chunks + 1, *shapes[2][1:], generator=generator)
+    results, grads, asked = [], [], []
+    for by_kernel in (True, False):
+        monkeypatch.setattr(kernels, "usable", lambda *problem, answer=by_kernel: asked.append(answer) or answer)
+        results.append(AffineScan.apply(*inputs))
+        grads.append(torch.autograd.grad(results[-1], inputs, weights))
+    assert asked == [True, True, False, False]
     torch.testing.assert_close(*results, rtol=0, atol=1e-5)
-    weights = torch.randn(results[0].shape, generator=generator)
-    grads = [torch.autograd.grad(x, inputs, weights) for x in results]
     for grad, expected in zip(*grads, strict=True):
         torch.testing.assert_close(grad, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -61,7 +49,7 @@ def suppressed(*tokens: int, vocabulary: int = V) -> torch.Tensor:
 
 
 def in_pytorch(logits: torch.Tensor, is_suppressed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return tokens, confidence and entropy as `_Run.predict` computes them."""
+    """Return tokens, confidence and entropy as `_propose` computes them."""
     scores = logits.float()
     scores[:, MASK] = -torch.inf
     probs = scores.softmax(-1)

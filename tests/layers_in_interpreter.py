@@ -5,18 +5,16 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model, tokens
+from conftest import kind_with_tiles, tiny_model, tokens
 from reference import error
 
 from arclm import attention_kernels_arclm
 from arclm import fused_arclm as fused
 from arclm.cache_arclm import CacheAccess
-from arclm.modeling_arclm import ArcLMDecoderLayer
 from arclm.streams_arclm import Streams
 
 
 CPU = torch.device("cpu")
-FUSED = (64, 96, "silu", 1e-6, 32, 4, 2, 4, 16, 2, 4, 16)  # as `fused_arclm.FIELDS`
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +23,14 @@ def short(monkeypatch):
     monkeypatch.setattr(fused, "CHECK_LENGTHS", ((40, 20),))
 
 
+def check(**kind) -> float:
+    with torch.no_grad():
+        return fused._check_fused_layer(CPU, torch.float32, *kind_with_tiles(**kind))
+
+
 @pytest.mark.parametrize("is_linear", [True, False])
 def test_layers_in_few_kernels_are_the_layers(is_linear):
-    with torch.no_grad():
-        assert fused._check_fused_layer(CPU, ArcLMDecoderLayer, torch.float32, is_linear, *FUSED) < 1e-5
+    assert check(is_linear=is_linear) < 1e-5
 
 
 def without_decay(delta_rule, qkv, gates, decay, *rest, **knobs):
@@ -44,18 +46,22 @@ def without_mask(attention, queries, keys, values, mask, *rest):
 )
 def test_the_self_check_of_layers_sees_what_is_wrong(monkeypatch, is_linear, name, wrong):
     monkeypatch.setattr(fused, name, partial(wrong, getattr(fused, name)))
-    with torch.no_grad():
-        assert fused._check_fused_layer(CPU, ArcLMDecoderLayer, torch.float32, is_linear, *FUSED) > 0.1
+    assert check(is_linear=is_linear) > 0.1
 
 
 def test_tiles_that_do_not_fit_say_so():
     with pytest.raises(ValueError, match="no tiles for the shapes"):
-        fused._check_fused_layer(CPU, ArcLMDecoderLayer, torch.float32, True, *FUSED[:-1], 24)
+        check(is_linear=True, linear_value_head_dim=24)
+
+
+def test_layers_with_other_parts_are_refused():
+    classes, *rest = kind_with_tiles(is_linear=True)
+    with pytest.raises(ValueError, match="other modules"):
+        fused._check_fused_layer(CPU, torch.float32, (*classes[:-1], torch.nn.Identity), *rest)
 
 
 @torch.no_grad()
-def test_a_layer_reads_the_states_that_the_pytorch_layer_left():
-    """Those are a view of the states of all chunks, of which two rows of 70 tokens have two each."""
+def test_a_layer_reads_states_that_were_cut_out_of_others():
     dims = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "hidden_size": 32, "intermediate_size": 32}
     model = tiny_model(**dims, block_size=8)
     layer = model.model.layers[0]
@@ -63,7 +69,8 @@ def test_a_layer_reads_the_states_that_the_pytorch_layer_left():
     steps = []
     for run in (layer, partial(fused.fused_layer, layer)):
         cache = model(tokens(2, 72), use_cache=True).past_key_values
-        assert not cache.recurrent_states[0].is_contiguous()
+        for states in (cache.recurrent_states, cache.conv_states):
+            states[0] = states[0].repeat_interleave(2, 0)[::2]
         x, streams = Streams.of(None, tokens(2, 8, 1), None, block_size=8, cache=cache)
         streams = streams.for_layers(model.config, cache, torch.float32)
         steps.append(run(model.model.embed_tokens(x), streams, CacheAccess(cache, 8, False)))

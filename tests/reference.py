@@ -1,6 +1,7 @@
 """The slow and obviously right twins of what the package does fast: token by token, block by block, Python loops."""
 
 import torch
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from arclm.gated_delta_rule import DeltaRuleInputs, l2norm
 
@@ -42,6 +43,15 @@ def blockwise_logits(model, x_0: torch.Tensor, x_t: torch.Tensor) -> torch.Tenso
         if start + block_size < x_0.shape[1]:
             cache = model(x_0[:, block], past_key_values=cache, use_cache=True).past_key_values
     return torch.cat(logits, 1)
+
+
+def parent_of(model) -> Qwen3_5ForCausalLM:
+    """Qwen3.5 with the weights of `model`."""
+    ours = {"block_size", "mask_token_id", "context_attention", "right_shift_logits", "model_type", "auto_map"}
+    config = Qwen3_5TextConfig(**{k: v for k, v in model.config.to_dict().items() if k not in ours})
+    parent = Qwen3_5ForCausalLM(config).eval()
+    parent.load_state_dict(model.state_dict())
+    return parent
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -1,8 +1,6 @@
 """The baseline of benchmarks/ablation.py: one scan over [x_t ; x_0], and denoising without a state."""
 
-import sys
-from pathlib import Path
-
+import one_scan
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,10 +8,6 @@ from conftest import MASK, tiny_config, tiny_model, tokens
 from reference import blockwise_logits, delta_rule_steps
 
 from arclm.streams_arclm import Streams
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import one_scan
 
 
 BATCH, BLOCK, BLOCKS = 3, 7, 5

@@ -4,26 +4,22 @@ import json
 import subprocess
 import sys
 from math import isfinite
-from pathlib import Path
 from shutil import which
 from types import SimpleNamespace
 
-import pytest
-import torch
-from captures import Rerun
-from conftest import tiny_config, tiny_model, tokens
-
-from arclm import graphs_arclm
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import common
 import generate_speed
 import loss_memory
 import optimizers
+import pytest
 import scaling
+import torch
 import train_memory
 import train_speed
+from captures import Rerun
+from conftest import tiny_config, tiny_model, tokens
+
+from arclm import graphs_arclm
 
 
 SHAPE = tiny_config(layer_types=["linear_attention", "full_attention"], num_hidden_layers=2).to_dict()
@@ -149,8 +145,10 @@ def test_the_parent_has_the_weights_and_the_function_of_the_model():
         assert (parent(x).logits - model(x).logits).abs().max() < 1e-4
 
 
-def test_a_row_of_train_speed_has_every_number():
-    row = train_speed.measure(SHAPE, (2, 3 * BLOCK, 0.5), "cpu", None, repeats=2)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_row_of_train_speed_has_every_number(checkpointing):
+    row = train_speed.measure(SHAPE, (2, 3 * BLOCK, 0.5), "cpu", None, repeats=2, checkpointing=checkpointing)
+    assert row.pop("gradient_checkpointing") is checkpointing
     left_out = ("dllm_s", "dllm_tokens_per_s", "dllm_peak_mb", "s_over_dllm", "peak_over_dllm")
     assert_positive(row, but=left_out)
     assert row["arclm_tokens_per_s"] == pytest.approx(2 * 3 * BLOCK / row["arclm_s"])
@@ -203,8 +201,9 @@ def test_the_card_run_in_small_is_weighed(tmp_path, monkeypatch):
 def test_both_losses_are_the_same_and_weighed(monkeypatch):
     for name, value in {"TARGETS": 32, "HIDDEN": 16, "VOCABULARY": 500}.items():
         monkeypatch.setattr(loss_memory, name, value)
-    rows = {name: loss_memory.measure(name)["loss"] for name in loss_memory.LOSSES}
-    assert rows["plain"] == pytest.approx(rows["linear_cross_entropy"], rel=1e-6)
+    for dtype, bound in (("float32", 1e-6), ("bfloat16", 1e-2)):
+        rows = {name: loss_memory.measure(name, dtype)["loss"] for name in loss_memory.LOSSES}
+        assert rows["plain"] == pytest.approx(rows["linear_cross_entropy"], rel=bound)
     sizes = {"plain": 45, "linear_cross_entropy": 10}
     rows = {name: {"peak_mb": peak, "gradient_mb": 5} for name, peak in sizes.items()}
     assert (loss_memory.ratio(rows), loss_memory.ratio(rows, "gradient_mb")) == (4.5, 8)

@@ -8,15 +8,15 @@ import sys
 
 import pytest
 import torch
-from conftest import chat, tiny_model, write_lines
+from conftest import tiny_model
 from safetensors.torch import load_file
-from trainers import ANSWERS, losses, make_inputs, make_trainer
+from trainers import losses, make_inputs, make_samples, make_trainer
 from transformers import AutoModel, TrainerCallback, TrainingArguments
 
 from arclm import arguments_bd3lm
 from arclm import train_bd3lm as bd3lm
 from arclm.checkpoints_bd3lm import EpochSampler, TrainingError, find_checkpoints
-from arclm.data_bd3lm import InputError, load_samples, read_rows
+from arclm.data_bd3lm import InputError
 
 
 # the process kills itself while it writes the optimizer of its second checkpoint, after the weights
@@ -37,8 +37,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 @pytest.fixture
 def samples(nano_tokenizer, config, tmp_path):
-    file = write_lines(tmp_path / "train.jsonl", [chat("Write.", answer) for answer in ANSWERS])
-    return load_samples(read_rows(file), nano_tokenizer, config, max_length=64)[0]
+    return make_samples(tmp_path, config, nano_tokenizer)
 
 
 def test_a_killed_run_resumes_exactly(nano_tokenizer, config, tmp_path):
@@ -153,6 +152,16 @@ def test_nan_stops_the_run_with_the_weights_before_it(config, samples, tmp_path,
     assert all(torch.equal(before[name], weight) for name, weight in saved.named_parameters())
 
 
+def test_weights_that_lead_to_nan_do_not_replace_those_before(config, samples, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "per_device_train_batch_size": 1}
+    trainer = make_trainer(config, samples, tmp_path, max_steps=5, **options)
+    norm = trainer.model.model.norm.weight
+    trainer.add_callback(AtStep(3, lambda: norm.data.mul_(1e30)))
+    with pytest.raises(TrainingError, match=r"checkpoint-3 has .* If that fails too, .*checkpoint-2 is from before"):
+        trainer.train()
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_nan_in_the_first_step_saves_nothing(config, samples, tmp_path):
     trainer = make_trainer(config, samples, tmp_path)
     trainer.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
@@ -218,7 +227,7 @@ def test_checkpoints_of_another_run_or_model_are_refused(nano_tokenizer, config,
     (tmp_path / "out/checkpoint-1/scheduler.pt").unlink()
     with pytest.raises(InputError, match=r"checkpoint-1 has weights alone, .*a checkpoint of one without --save_only"):
         bd3lm.main(go_on)
-    (tmp_path / "out/checkpoint-1/trainer_state.json").write_text("")
+    (tmp_path / "out/checkpoint-1/trainer_state.json").write_text('{"epoch": 1.0, "log_his')
     with pytest.raises(InputError, match=r"no whole checkpoint to go on from in .*out\."):
         bd3lm.main(go_on)
     with pytest.raises(InputError, match=r"Not understood: --block_size 4\..*choose it in convert_a2d\.py"):

@@ -58,7 +58,7 @@ def assert_as_eager(model, ids=None, **knobs):
     return expected
 
 
-def graphs_of(model) -> graphs_arclm.DenoisingGraphs:
+def idle_graphs(model) -> graphs_arclm.DenoisingGraphs:
     (graphs,) = graphs_arclm._IDLE[model.model]
     return graphs
 
@@ -77,8 +77,8 @@ def test_ragged_prompts_with_mask_tokens_get_the_same_text(monkeypatch, strategy
     eos = [1, *range(2, 12)]  # some rows end early, the others go on
     knobs = {"attention_mask": (ids != 0).long(), "remasking_strategy": strategy, "eos_token_id": eos, **sampling}
     assert_as_eager(model, ids, steps=9, entropy_bound=4.0, confidence_threshold=0.03, **knobs)
-    assert len(graphs_of(model).choices) == 1
-    assert not graphs_of(model).failed
+    assert len(idle_graphs(model).choices) == 1
+    assert not idle_graphs(model).failed
 
 
 def test_eager_steps_compute_logits_for_masked_positions_only(captured):
@@ -94,7 +94,7 @@ def test_eager_steps_compute_logits_for_masked_positions_only(captured):
 def test_blocks_of_other_shapes_and_few_steps(knobs):
     model = tiny_model(**SMALL, right_shift_logits=knobs.pop("right_shift_logits", False))
     assert_as_eager(model, tokens(2, 7), **knobs)
-    assert len(graphs_of(model).choices) == 1
+    assert len(idle_graphs(model).choices) == 1
 
 
 def test_inference_mode_and_no_grad_take_turns(monkeypatch):
@@ -103,7 +103,7 @@ def test_inference_mode_and_no_grad_take_turns(monkeypatch):
     for inference in (True, False, True):
         with torch.inference_mode(inference):
             assert_as_eager(model)
-    assert not graphs_of(model).failed
+    assert not idle_graphs(model).failed
 
 
 def test_drafts_and_a_call_within_the_call():
@@ -136,7 +136,7 @@ def test_logits_that_are_not_finite_are_named_at_the_end_of_the_block():
         with pytest.raises(FloatingPointError, match=r"not finite\. Check its weights"):
             generate(model, **sampling)
         gc.collect()
-    assert graphs_of(model).choices
+    assert idle_graphs(model).choices
 
 
 class Operations(TorchDispatchMode):
@@ -204,7 +204,7 @@ def test_every_knob_and_shape_has_a_choice_of_its_own():
     for _ in range(2):
         for knobs in others:
             assert_as_eager(model, tokens(1, 4), **knobs)
-        assert len(graphs_of(model).choices) == len(others)
+        assert len(idle_graphs(model).choices) == len(others)
 
 
 def test_a_head_in_a_new_place_is_captured_anew():
@@ -222,7 +222,7 @@ def test_a_head_in_a_new_place_is_captured_anew():
     assert Traced.captures == captures + 2
     new_memory(model.model)
     assert_as_eager(model)
-    assert len(graphs_of(model).choices) == 1
+    assert len(idle_graphs(model).choices) == 1
 
 
 def wrap_forward(model):
@@ -269,7 +269,7 @@ def test_processors_that_do_more_are_left_to_pytorch(captured, knobs):
     assert_as_eager(model, **knobs)
     assert not captured
     assert Traced.captures > 0
-    assert not graphs_of(model).choices
+    assert not idle_graphs(model).choices
 
 
 def test_autocast_turns_it_off():
@@ -287,7 +287,7 @@ def test_more_rows_than_fit_run_eagerly_and_what_was_used_last_is_kept(captured,
     model, seen = tiny_model(**SMALL), []
     for temperature, batch in ((1.0, 1), (0.5, 1), (1.0, 1), (1.0, 2), (1.0, 4)):
         assert_as_eager(model, tokens(batch, 5), temperature=temperature)
-        seen.append([(key[0], key[-1]) for key in graphs_of(model).choices])
+        seen.append([(key[0], key[-1]) for key in idle_graphs(model).choices])
     assert seen[:3] == [[(1, 1.0)], [(1, 1.0), (1, 0.5)], [(1, 0.5), (1, 1.0)]]
     assert seen[3] == seen[4] == [(1, 1.0), (2, 1.0)]
 
@@ -298,7 +298,7 @@ def test_over_more_columns_than_fit_nothing_is_captured(captured, monkeypatch):
     model = tiny_model(**SMALL)
     assert_as_eager(model, tokens(1, 2 * L + 1), max_new_tokens=L)
     assert Traced.captures == 0
-    assert not graphs_of(model).choices
+    assert not idle_graphs(model).choices
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -319,5 +319,5 @@ def test_a_capture_that_fails_is_said_once_and_the_text_is_the_same(monkeypatch,
     assert len(attempts) == number
     assert len(said) == 1
     assert "captured (OutOfMemoryError: CUDA out of memory.). Denoising steps run without" in said[0]
-    graphs = graphs_of(model)
+    graphs = idle_graphs(model)
     assert not any((graphs.choices, graphs.contexts, graphs.desks))

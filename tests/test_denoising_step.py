@@ -1,19 +1,13 @@
 """The benchmark of a denoising step on a CPU, where `captures.py` stands for CUDA graphs."""
 
-import sys
-from pathlib import Path
-
+import common
+import denoising_step
 import pytest
 import torch
 from captures import Rerun
 from conftest import MASK, tiny_config, tokens
 
 from arclm import denoising_bd3lm, generation_bd3lm, graphs_arclm
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import common
-import denoising_step
 
 
 SHAPE = tiny_config(layer_types=["linear_attention", "full_attention"], num_hidden_layers=2).to_dict()

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import chat, tiny_model, tokens, write_lines
+from reference import parent_of
 from rows import make_dataset
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import Qwen3_5TextConfig
 
 from arclm import evaluate_nelbo as script
 from arclm.data_bd3lm import IGNORE, InputError
@@ -27,9 +28,7 @@ def text(length: int, given: int = 1, seed: int = 0) -> dict:
 
 def test_blocks_of_one_give_the_loss_of_the_parent():
     model = tiny_model(context_attention="causal", right_shift_logits=True)
-    config = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
-    parent = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**config)).eval()
-    parent.load_state_dict(model.state_dict())
+    parent = parent_of(model)
     samples = [text(length, seed=length) for length in (37, 11, 23)]
     total = 0.0
     for sample in samples:

@@ -37,8 +37,9 @@ def test_passes_without_gradients_in_bfloat16_take_them(asked, monkeypatch):
     assert answers(model, monkeypatch) == [True] * 5
     cache = model(tokens(1, 16), use_cache=True).past_key_values
     assert answers(model, monkeypatch, noisy_input_ids=tokens(1, 16), past_key_values=cache) == [True] * 5
-    name, _, layer_class, dtype, is_linear, *fields = asked[0]
-    assert (name, layer_class, dtype) == ("fused_layer", modeling_arclm.ArcLMDecoderLayer, torch.bfloat16)
+    name, _, dtype, classes, is_linear, *fields = asked[0]
+    assert (name, dtype) == ("fused_layer", torch.bfloat16)
+    assert (classes[0], classes[-1]) == (modeling_arclm.ArcLMDecoderLayer, modeling_arclm.ArcLMRMSNormGated)
     assert is_linear == model.model.layers[0].is_linear
     assert fields == [getattr(model.config, field) for field in fused_arclm.FIELDS]
 
@@ -85,12 +86,12 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_layer_that_somebody_changed_does_not(asked, change):
     layer = tiny_model().bfloat16().model.layers[0]
-    assert fused_arclm._is_plain(layer, torch.bfloat16, torch.device("cpu"))
+    assert fused_arclm._is_plain(layer, torch.device("cpu"))
     CHANGES[change](layer)
-    assert not fused_arclm._is_plain(layer, torch.bfloat16, torch.device("cpu"))
+    assert not fused_arclm._is_plain(layer, torch.device("cpu"))
 
 
 def test_a_layer_with_an_adapter_does_not(asked):
     model = get_peft_model(tiny_model().bfloat16(), LoraConfig(target_modules=["down_proj"], r=2))
     layer = model.get_base_model().model.layers[0]
-    assert not fused_arclm._is_plain(layer, torch.bfloat16, torch.device("cpu"))
+    assert not fused_arclm._is_plain(layer, torch.device("cpu"))

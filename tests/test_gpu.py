@@ -1,22 +1,26 @@
 """The same numbers on a GPU as on a CPU. Run by `make gpu`."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import MASK, tiny_model, tokens
+from conftest import MASK, noisy, tiny_model, tokens
 from reference import blockwise_logits
 
 from arclm import modeling_arclm
+from arclm.configuration_arclm import ArcLMConfig
+from arclm.fused_arclm import kind_of
 from arclm.kernels_arclm import usable
 from arclm.linear_cross_entropy import linear_cross_entropy
 
 
 pytestmark = pytest.mark.gpu
 KERNELS = {"affine_scan": (128, 128), "sample_rows": (), "cross_entropy": (torch.bfloat16,)}
+LAYERS = {"fused_layer": (torch.bfloat16,), "trained_layer": (torch.bfloat16, 64)}
 
 
 def noisy_pair() -> tuple[torch.Tensor, torch.Tensor]:
-    x_0 = tokens(2, 75)
-    return x_0, x_0.masked_fill(torch.rand(x_0.shape, generator=torch.Generator().manual_seed(5)) < 0.5, MASK)
+    return tokens(2, 75), noisy(tokens(2, 75))
 
 
 @torch.no_grad()
@@ -54,6 +58,15 @@ def test_bfloat16_trains_and_generates_on_a_gpu():
 @pytest.mark.parametrize(("kernel", "problem"), KERNELS.items())
 def test_every_kernel_passes_its_self_check_at_the_heads_of_the_model(kernel, problem):
     assert usable(kernel, torch.device("cuda", 0), *problem)
+
+
+@pytest.mark.parametrize(("kernel", "problem"), LAYERS.items())
+@pytest.mark.parametrize("layer_type", ["linear_attention", "full_attention"])
+def test_layers_pass_their_self_checks_at_the_shapes_of_the_model(kernel, problem, layer_type):
+    config = ArcLMConfig.from_pretrained(Path(__file__).resolve().parents[1])
+    with torch.device("meta"):
+        layer = modeling_arclm.ArcLMDecoderLayer(config, config.layer_types.index(layer_type))
+    assert usable(kernel, torch.device("cuda", 0), *problem, *kind_of(layer))
 
 
 HEADS = {"head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_value_heads": 4}
@@ -98,8 +111,7 @@ def test_layers_in_few_kernels_are_the_layers_on_a_gpu(monkeypatch, batch):
 
 
 def test_layers_with_gradients_are_the_layers_on_a_gpu(monkeypatch):
-    x_0, mask = tokens(2, 150).cuda(), torch.ones(2, 150).long().cuda()
-    x_t = x_0.masked_fill(torch.rand(x_0.shape, generator=torch.Generator().manual_seed(5)).cuda() < 0.5, MASK)
+    x_0, x_t, mask = tokens(2, 150).cuda(), noisy(tokens(2, 150)).cuda(), torch.ones(2, 150).long().cuda()
     mask[1, :40] = 0
     labels = torch.where((x_t == MASK) & (mask == 1), x_0, -100)
 
@@ -119,8 +131,7 @@ def test_layers_with_gradients_are_the_layers_on_a_gpu(monkeypatch):
 @torch.no_grad()
 def test_training_computes_what_inference_computes_on_a_gpu():
     """Rule E1 in bfloat16: two streams by the kernels of training, block by block by those of inference."""
-    x_0, model = tokens(1, 192).cuda(), tiny_model(**SHAPES).cuda()
-    x_t = x_0.masked_fill(torch.rand(x_0.shape, generator=torch.Generator().manual_seed(5)).cuda() < 0.5, MASK)
+    x_0, x_t, model = tokens(1, 192).cuda(), noisy(tokens(1, 192)).cuda(), tiny_model(**SHAPES).cuda()
     exact, model = model(x_0, noisy_input_ids=x_t).logits, model.bfloat16()
     for logits in (model(x_0, noisy_input_ids=x_t).logits, blockwise_logits(model, x_0, x_t)):
         assert (logits.float() - exact).norm() < 0.06 * exact.norm()

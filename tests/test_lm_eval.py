@@ -1,15 +1,11 @@
 """The way in through lm-evaluation-harness: its own `hf` model, on arcLM-nano."""
 
-import sys
 from pathlib import Path
+
+from lm_eval_nano import run
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from lm_eval_nano import run  # noqa: E402
-
-
 NUM_TASKS = 12
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import MASK, tiny_model, tokens
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from test_modeling_arclm import parent_of
+from reference import parent_of
 
 from arclm.lm_eval_arclm import ArcLMEval
 

@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import chat, tiny_model, write_lines
+from conftest import tiny_model
 from peft import PeftModel
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trainers import ANSWERS, make_inputs, make_trainer
+from trainers import make_inputs, make_samples, make_trainer
 from transformers import AutoModel
 
 from arclm import train_bd3lm as bd3lm
-from arclm.data_bd3lm import IGNORE, load_samples, read_rows
+from arclm.data_bd3lm import IGNORE
 from arclm.logging_bd3lm import BUCKETS, draw_curves
 from arclm.train_bd3lm import make_loss_inputs
 
@@ -23,8 +23,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (3, 3)])
 def test_cross_entropy_by_masking_rate_is_that_of_full_logits(nano_tokenizer, config, tmp_path, batch, accumulation):
-    file = write_lines(tmp_path / "train.jsonl", [chat("Write.", answer) for answer in ANSWERS])
-    samples = load_samples(read_rows(file), nano_tokenizer, config, max_length=256)[0]
+    samples = make_samples(tmp_path, config, nano_tokenizer)
     options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "logging_steps": 1}
     trainer = make_trainer(config, samples, tmp_path / "out", seed=5, **options)
     model, sums, counts = tiny_model(**config.to_diff_dict()), [0.0] * 5, [0] * 5

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import mixture
 import pytest
 import torch
 from conftest import chat
@@ -12,10 +13,6 @@ from rows import ALPACA, CALL_TEXT, HERMES_TURNS, OPEN_THOUGHTS, S1K, THINKING_T
 
 from arclm import data_bd3lm as data
 from arclm.data_bd3lm import load_samples, read_rows
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import mixture
 
 
 HUB = Path(__file__).resolve().parents[2] / "shared" / "data" / "hub"

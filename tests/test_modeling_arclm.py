@@ -9,28 +9,17 @@ import itertools
 import pytest
 import torch
 from conftest import MASK, noisy, tiny_model, tokens
-from reference import blockwise_logits, error
+from reference import blockwise_logits, error, parent_of
 from transformers import DynamicCache
-from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-OURS = {"block_size", "mask_token_id", "context_attention", "right_shift_logits", "model_type", "auto_map"}
 # a block of one token, blocks inside a chunk of the delta rule, and the chunk itself
 BLOCK_SIZES = [1, 4, 16, 64]
 VARIANTS = [
     {"context_attention": context, "right_shift_logits": shift, "block_size": block_size}
     for context, shift, block_size in itertools.product(["block_causal", "causal"], [False, True], BLOCK_SIZES)
 ]
-
-
-def parent_of(model) -> Qwen3_5ForCausalLM:
-    """Qwen3.5 with the weights of `model`."""
-    config = Qwen3_5TextConfig(**{k: v for k, v in model.config.to_dict().items() if k not in OURS})
-    parent = Qwen3_5ForCausalLM(config).eval()
-    parent.load_state_dict(model.state_dict())
-    return parent
 
 
 def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,35 +1,26 @@
 """The variants of benchmarks/objectives.py, and one of its runs in small."""
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import ablation
+import objectives
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import chat, tiny_model, write_lines
-from trainers import ANSWERS, make_trainer
+from conftest import tiny_model, write_lines
+from trainers import make_samples, make_trainer
 
-from arclm.data_bd3lm import IGNORE, collate, load_samples, read_rows
+from arclm.data_bd3lm import IGNORE, collate
 from arclm.nano.world import tasks_per_family, to_row
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import ablation
-import objectives
-
-
-BLOCK = 7
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @pytest.fixture(scope="module")
 def samples(nano_tokenizer, config, tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = read_rows(write_lines(file, [chat("Write.", answer) for answer in ANSWERS]))
-    return load_samples(rows, nano_tokenizer, config, max_length=256)[0]
+    return make_samples(tmp_path_factory.mktemp("data"), config, nano_tokenizer)
 
 
 def complementary(config, samples, folder) -> objectives.ComplementaryTrainer:
@@ -94,7 +85,7 @@ def test_clean_nll_is_the_mean_over_response_tokens(config, samples):
 
 
 @pytest.fixture
-def small_run(nano_tokenizer, config, tmp_path, monkeypatch):
+def small_run(nano_tokenizer, config, tmp_path):
     """Settings of a run on a tiny model and 12 tasks, made in `tmp_path`."""
     options = {"max_steps": 2, "eval_steps": 1, "nelbo_tasks": 3, "tasks_per_family": 1, "work_dir": str(tmp_path)}
     tiny_model(**config.to_diff_dict()).save_pretrained(tmp_path / "converted")

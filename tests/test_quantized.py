@@ -1,6 +1,5 @@
 """Weight-only int8 through torchao: loads through AutoModel, answers as float32 does, and comes back from a save."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,8 @@ from arclm.nano.world import tasks_per_family
 
 
 pytest.importorskip("torchao")
-from torchao.quantization import Int4WeightOnlyConfig, Int8Tensor, Int8WeightOnlyConfig
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import quantized
+from torchao.quantization import Int4WeightOnlyConfig, Int8Tensor, Int8WeightOnlyConfig
 
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "arclm-nano"

@@ -9,7 +9,7 @@ from conftest import tiny_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StoppingCriteriaList, SuppressTokensLogitsProcessor
+from transformers import DynamicCache, StoppingCriteriaList, SuppressTokensLogitsProcessor, TextStreamer
 
 from arclm import graphs_arclm
 from arclm.denoising_bd3lm import Block, Proposal, accept_tokens, static_schedule, static_schedules
@@ -159,6 +159,11 @@ def test_rows_that_stop_at_different_lengths_need_a_pad_token():
     with pytest.raises(ValueError, match="need padding, and pad_token_id is not set"):
         model.generate(tokens(2, 8), stopping_criteria=stop)
     assert model.generate(tokens(1, 8), stopping_criteria=stop, max_new_tokens=9).shape == (1, 10)
+
+
+def test_a_streamer_shows_one_row():
+    with pytest.raises(ValueError, match="A streamer shows one row, this call has 2"):
+        tiny_model().generate(tokens(1, 8), num_return_sequences=2, do_sample=True, streamer=TextStreamer(None))
 
 
 def test_knobs_of_another_type_are_refused():

@@ -83,7 +83,8 @@ def _gated_delta_rule(
         final = chunk.next_state(start, v_new)[:, 0] if need_final else None
     else:
         states, v_new = _scan_chunks(chunk, state)
-        start, final = states[:, :-1], states[:, -1] if need_final else None
+        # a view would keep the states of all chunks in memory
+        start, final = states[:, :-1], states[:, -1].clone() if need_final else None
     output = chunk.to_tokens(chunk.read(start, v_new), inputs.v)
     boundary_states = None
     if block_size is not None:
@@ -218,7 +219,8 @@ class AffineScan(torch.autograd.Function):
         return states
 
     @staticmethod
-    def backward(ctx, grad_states: torch.Tensor):
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_states: torch.Tensor) -> tuple:
         transition, states = ctx.saved_tensors
         grad = _scan(transition, grad_states[:, :-1], grad_states[:, -1], reverse=True)
         grad_update = grad[:, 1:]  # [B, N, H, K, Vd], gradient of S_1 .. S_N

@@ -87,8 +87,6 @@ class BD3LMGenerationMixin:
            c. hand the new tokens to the streamer;
            d. commit the block, if there is another one, in the pass of that one's first denoising step.
 
-        2 and 3.b are the only forward passes, but for the first commit where 2 had nothing to do.
-
         Args:
             input_ids: [B, P] prompts, padded on the left where they differ in length. Mask tokens in a prompt are
                 filled in place.
@@ -99,7 +97,7 @@ class BD3LMGenerationMixin:
             logits_processor: applied to the scores of masked positions, after those of the generation config.
             stopping_criteria: asked after every new token in order; a row ends with the first one they stop at, or by
                 `max_time` with its block.
-            past_key_values: the cache of an earlier call whose tokens begin this prompt.
+            past_key_values: the cache of an earlier call whose tokens begin this prompt; it grows in place.
             tokenizer: needed for `stop_strings`.
             kwargs: any field of the generation config, and
                 - `block_size`: tokens per block, at most the trained one, the default.
@@ -124,6 +122,8 @@ class BD3LMGenerationMixin:
         run = _Run(self, input_ids, attention_mask, config, knobs, past_key_values)
         run.set_callables(logits_processor, stopping_criteria, tokenizer)
         if streamer is not None:
+            if len(run.ids) > 1:
+                raise ValueError(f"A streamer shows one row, this call has {len(run.ids)}. Call generate for each.")
             streamer.put(run.input_ids.cpu())
         # 2. Prefill
         run.prefill()

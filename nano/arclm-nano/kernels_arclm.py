@@ -280,7 +280,9 @@ def usable(kernel: str, device: torch.device, *problem) -> bool:
         obstacle = _obstacle(kernel, device, problem)
     except Exception as error:  # compilers, drivers and other people's packages raise what they like
         obstacle = f"its self-check raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    if obstacle is not None:
+    if obstacle is None:
+        logger.info(f"{kernel} is used on {device}: its self-check passed.")
+    else:
         logger.warning_once(f"{kernel} is not used on {device}: {obstacle}. PyTorch gives the same results, slower.")
     return obstacle is None
 
@@ -351,7 +353,7 @@ def _check_sample_rows(device: torch.device) -> float:
     return exact if is_right else float("nan")
 
 
-# Each kernel's self-check and the relative error it is allowed. `fused_arclm.py` adds its own.
+# Each kernel's self-check and the relative error it is allowed. Other files of kernels add their own.
 CHECKS = {
     "affine_scan": (_check_affine_scan, 1e-4),
     "sample_rows": (_check_sample_rows, 1e-4),

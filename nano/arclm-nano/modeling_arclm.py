@@ -154,9 +154,9 @@ class ArcLMDecoderLayer(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, streams: Streams, access: CacheAccess | None, keep: int | None = None
     ) -> torch.Tensor:
         """Map hidden states [B, columns, D] to hidden states of the same shape, or of the first `keep` columns."""
-        if keep is None and use_fused_layer(self, self.config, hidden_states, streams):
+        if keep is None and use_fused_layer(self, hidden_states, streams):
             return fused_layer(self, hidden_states, streams, access)
-        if use_trained_layer(self, self.config, hidden_states, streams):
+        if use_trained_layer(self, hidden_states, streams):
             return trained_layer(self, hidden_states, streams, keep)
         normed = self.input_layernorm(hidden_states)
         if self.is_linear:

@@ -1,18 +1,16 @@
 """Layers over two streams on a GPU, whose products are bfloat16, in a few Triton kernels with gradients.
 
 For 2,048 tokens of Qwen3.5-0.8B a linear-attention layer takes some 700 operations of PyTorch forward and backward,
-which move 20 GB; here it is the products and 17 kernels (`trained_layer`). They compute what the PyTorch layer does:
-`_check_trained_layer` compares outputs and all gradients before they are used.
+which move 20 GB; here it is the products, 17 kernels and some 30 small operations (`trained_layer`). They compute what
+the PyTorch layer does: `_check_trained_layer` compares outputs and all gradients before they are used.
 """
-
-from typing import Any
 
 import torch
 from torch import nn
 
 from .attention_gradients_arclm import rotated
 from .delta_gradients_arclm import CHUNK, Layout, two_stream_delta_rule
-from .fused_arclm import DEVICE, FIELDS, as_loaded, random_layer
+from .fused_arclm import DEVICE, as_loaded, kind_of, own_modules, random_layer
 from .kernels_arclm import CHECKS, normal_numbers, relative_error, usable
 from .layer_gradients_arclm import gated_norm, rms_norm, swiglu, two_stream_convolution
 from .layers_arclm import product_dtype, runs_as_written
@@ -55,7 +53,7 @@ def _attend(layer: nn.Module, x: torch.Tensor, streams: Streams) -> torch.Tensor
     return layer.attend(query, key, value, gate, streams.attention)
 
 
-def use_trained_layer(layer: nn.Module, config: Any, hidden_states: torch.Tensor, streams: Streams) -> bool:
+def use_trained_layer(layer: nn.Module, hidden_states: torch.Tensor, streams: Streams) -> bool:
     """Whether `trained_layer` takes these hidden states [B, columns, D]: two streams, bfloat16, and nothing changed.
 
     Any layer may stand where the products do, one with an adapter or quantised too.
@@ -63,27 +61,16 @@ def use_trained_layer(layer: nn.Module, config: Any, hidden_states: torch.Tensor
     device = hidden_states.device
     if device.type != DEVICE or streams.noisy_blocks is None or product_dtype(hidden_states) != torch.bfloat16:
         return False
-    if streams.block_size % CHUNK or config.linear_conv_kernel_dim > CHUNK:
+    if streams.block_size % CHUNK or layer.config.linear_conv_kernel_dim > CHUNK:
         return False
-    if not all(map(runs_as_written, _own_modules(layer))):
+    if not all(map(runs_as_written, own_modules(layer))):
         return False
-    fields = (getattr(config, name) for name in FIELDS)
-    return usable("trained_layer", device, type(layer), torch.bfloat16, streams.block_size, layer.is_linear, *fields)
+    return usable("trained_layer", device, torch.bfloat16, streams.block_size, *kind_of(layer))
 
 
-def _own_modules(layer: nn.Module) -> list[nn.Module]:
-    """Those that kernels stand in for."""
-    own = [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp, layer.mlp.act_fn]
-    if layer.is_linear:
-        return [*own, layer.linear_attn, layer.linear_attn.conv1d, layer.linear_attn.norm]
-    return [*own, layer.self_attn, layer.self_attn.q_norm, layer.self_attn.k_norm]
-
-
-def _check_trained_layer(
-    device: torch.device, layer_class: type, dtype: torch.dtype, block_size: int, is_linear: bool, *fields
-) -> float:
+def _check_trained_layer(device: torch.device, dtype: torch.dtype, block_size: int, *kind) -> float:
     """Outputs and all gradients of a row with padding and one without, against the layer in float32."""
-    layer, config = random_layer(layer_class, device, is_linear, *fields)
+    layer, config = random_layer(device, *kind)
     tokens = max(CHECK_TOKENS, block_size + CHUNK)  # a block that starts from a state is among them
     normal, ids = normal_numbers(device), torch.zeros(2, tokens, dtype=torch.long, device=device)
     mask, needed = torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool)
@@ -94,7 +81,7 @@ def _check_trained_layer(
     weights, results = normal(*inputs.shape), []
     # padding is read as it comes: neither run has to give it the same
     weights[:, streams.num_noisy :] *= streams.token_mask[..., None]
-    for run, cast in ((trained_layer, dtype), (layer_class.forward, torch.float32)):
+    for run, cast in ((trained_layer, dtype), (type(layer).forward, torch.float32)):
         as_loaded(layer, cast).zero_grad()
         x = inputs.clone().to(cast).requires_grad_()
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
