@@ -5,6 +5,7 @@ and each costs 2 us however small it is. Here a layer is some ten launches (`fus
 block is matrix products instead of 64 steps one after the other (`delta_rule`).
 """
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -142,12 +143,17 @@ def kind_of(layer: nn.Module) -> tuple:
     return tuple(map(type, [layer, *own_modules(layer)])), layer.is_linear, *fields
 
 
-def own_modules(layer: nn.Module) -> list[nn.Module]:
-    """The modules of a layer that kernels stand in for, beside its products."""
-    own = [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp, layer.mlp.act_fn]
+def own_modules(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules of a layer that kernels stand in for, beside its products; none where one is missing."""
+    names = ["input_layernorm", "post_attention_layernorm", "mlp", "mlp.act_fn"]
     if layer.is_linear:
-        return [*own, layer.linear_attn, layer.linear_attn.conv1d, layer.linear_attn.norm]
-    return [*own, layer.self_attn, layer.self_attn.q_norm, layer.self_attn.k_norm]
+        names += ["linear_attn", "linear_attn.conv1d", "linear_attn.norm"]
+    else:
+        names += ["self_attn", "self_attn.q_norm", "self_attn.k_norm"]
+    try:
+        return attrgetter(*names)(layer)
+    except AttributeError:
+        return ()
 
 
 def _is_plain(layer: nn.Module, device: torch.device) -> bool:

@@ -168,15 +168,15 @@ def prepare(
     model = make_arclm(shape, device, torch.float32)
     config = model.config
     x_0, labels = random_rows(config, *rows, device)
-    if name == "dllm":
+    if name == "arclm":
+        loss = arclm_loss(model, x_0, labels)
+    else:
         model = make_parent(model)
         model.config.use_cache = False  # as transformers' Trainer
+        loss = dllm_loss(load_dllm(dllm, DLLM_TRAINER), model, config, x_0, labels)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # as transformers' Trainer
-    if name == "arclm":
-        return training_step(model, arclm_loss(model, x_0, labels), device)
-    parent, peer = model, load_dllm(dllm, DLLM_TRAINER)
-    return training_step(parent, dllm_loss(peer, parent, config, x_0, labels), device)
+    return training_step(model, loss, device)
 
 
 def measure(

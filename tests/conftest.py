@@ -13,7 +13,6 @@ import torch
 from transformers import AutoTokenizer
 
 from arclm.configuration_arclm import ArcLMConfig
-from arclm.fused_arclm import kind_of
 from arclm.modeling_arclm import ArcLMForDiffusionLM
 from arclm.nano.build_tokenizer import build_tokenizer
 
@@ -61,12 +60,12 @@ def tiny_model(seed: int = 0, **changes) -> ArcLMForDiffusionLM:
     return model
 
 
-def kind_with_tiles(*, is_linear: bool, **changes) -> tuple:
-    """`kind_of` a tiny layer whose shapes the Triton kernels have tiles for."""
+def layer_with_tiles(*, is_linear: bool, **changes) -> torch.nn.Module:
+    """A tiny layer whose shapes the Triton kernels have tiles for."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, **changes}
     layers = tiny_model(**sizes, linear_conv_kernel_dim=4).model.layers
-    return kind_of(next(layer for layer in layers if layer.is_linear == is_linear))
+    return next(layer for layer in layers if layer.is_linear == is_linear)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import kind_with_tiles
+from conftest import layer_with_tiles
 
 from arclm import loss_kernels_arclm
 from arclm import trained_arclm as trained
 from arclm.delta_gradients_arclm import Layout, two_stream_delta_rule
+from arclm.fused_arclm import kind_of
 
 
 CPU = torch.device("cpu")
@@ -15,7 +16,8 @@ CPU = torch.device("cpu")
 def check(monkeypatch, is_linear: bool, block_size: int, tokens: int) -> float:
     monkeypatch.setattr(trained, "CHECK_TOKENS", tokens)
     with torch.no_grad():
-        return trained._check_trained_layer(CPU, torch.float32, block_size, *kind_with_tiles(is_linear=is_linear))
+        kind = kind_of(layer_with_tiles(is_linear=is_linear))
+        return trained._check_trained_layer(CPU, torch.float32, block_size, *kind)
 
 
 # whole blocks of one chunk; a last block that goes beyond the row, blocks of several chunks

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import kind_with_tiles, tiny_model, tokens
+from conftest import layer_with_tiles, tiny_model, tokens
 from reference import error
 
 from arclm import attention_kernels_arclm
@@ -25,7 +25,7 @@ def short(monkeypatch):
 
 def check(**kind) -> float:
     with torch.no_grad():
-        return fused._check_fused_layer(CPU, torch.float32, *kind_with_tiles(**kind))
+        return fused._check_fused_layer(CPU, torch.float32, *fused.kind_of(layer_with_tiles(**kind)))
 
 
 @pytest.mark.parametrize("is_linear", [True, False])
@@ -54,10 +54,15 @@ def test_tiles_that_do_not_fit_say_so():
         check(is_linear=True, linear_value_head_dim=24)
 
 
-def test_layers_with_other_parts_are_refused():
-    classes, *rest = kind_with_tiles(is_linear=True)
-    with pytest.raises(ValueError, match="other modules"):
-        fused._check_fused_layer(CPU, torch.float32, (*classes[:-1], torch.nn.Identity), *rest)
+@pytest.mark.parametrize("name", ["norm", "conv1d"])
+def test_layers_with_other_parts_are_refused(name):
+    layer = layer_with_tiles(is_linear=True)
+    for other in (torch.nn.Identity(), None):
+        setattr(layer.linear_attn, name, other)
+        with pytest.raises(ValueError, match="other modules"):
+            fused.random_layer(CPU, *fused.kind_of(layer))
+    del layer.mlp.act_fn
+    assert fused.own_modules(layer) == ()
 
 
 @torch.no_grad()
