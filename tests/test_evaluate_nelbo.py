@@ -92,6 +92,13 @@ def test_the_result_depends_on_the_seed_and_not_on_the_batches():
     assert abs(alone - other) > 1e-3
 
 
+def test_a_model_in_training_is_measured_without_dropout():
+    model, samples = tiny_model(attention_dropout=0.5), [text(40)]
+    expected = evaluate_nelbo(model, samples)
+    assert evaluate_nelbo(model.train(), samples) == expected
+    assert model.training
+
+
 def test_windows_of_text_do_not_overlap(nano_tokenizer):
     ids = nano_tokenizer("Sort the digits 85996.", add_special_tokens=False).input_ids
     samples = text_samples(["Sort the digits 85996.", "a"], nano_tokenizer, 4)

@@ -36,10 +36,12 @@ def set_check(monkeypatch, name: str, check) -> None:
 
 
 def test_a_kernel_that_computes_right_is_usable_and_checked_once(warnings, monkeypatch):
-    checked = []
+    checked, told = [], []
+    monkeypatch.setattr(kernels.logger, "info", told.append)
     set_check(monkeypatch, "affine_scan", lambda *problem: checked.append(problem) or 1e-6)
     assert all(kernels.usable("affine_scan", GPU, 10, 14) for _ in range(3))
     assert checked == [(GPU, 10, 14)]
+    assert told == ["affine_scan is used on cuda:0: its self-check passed."]
     assert kernels.usable("affine_scan", GPU, 10, 18)  # another compilation
     assert len(checked) == 2
     assert not warnings
