@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -153,22 +154,22 @@ class Chat:
     def answer(self, line: str) -> None:
         """Generate the answer to a message; an interrupted or impossible one leaves the chat as it was."""
         messages = [*self.messages, {"role": "user", "content": line}]
-        inputs = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, enable_thinking=self.think, return_dict=True, return_tensors="pt"
-        ).to(self.model.device)
         start = time.perf_counter()
         with Live(console=self.console, refresh_per_second=20) as live:
             draft = Draft(self.tokenizer, live, self.think)
             before = signal.signal(signal.SIGINT, draft.stop)
             try:
+                knobs = {"enable_thinking": self.think, "return_dict": True, "return_tensors": "pt"}
+                inputs = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **knobs)
                 config = GenerationConfig.from_dict(self.config.to_dict() | {"return_dict_in_generate": True})
                 output = self.model.generate(
-                    **inputs, generation_config=config, streamer=draft, tokenizer=self.tokenizer
+                    **inputs.to(self.model.device), generation_config=config, streamer=draft, tokenizer=self.tokenizer
                 )
             except KeyboardInterrupt:
                 live.console.print("stopped", style="yellow")
                 return
-            except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # a knob that does not fit
+            # a knob that does not fit, or a message that is no text
+            except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, TemplateError) as error:
                 live.console.print(str(error), style="red")
                 return
             finally:
@@ -182,9 +183,9 @@ class Chat:
 
 def main() -> None:
     """Load the model and chat."""
-    args = HfArgumentParser(ChatArguments).parse_args_into_dataclasses()[0]
     console = Console()
     try:
+        args = HfArgumentParser(ChatArguments).parse_args_into_dataclasses()[0]
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=True)
         model = AutoModel.from_pretrained(args.model_name_or_path, trust_remote_code=True, dtype="auto")
         model = model.to(args.device)

@@ -40,11 +40,17 @@ def load_model(name: str, dtype: torch.dtype | str) -> tuple[Model, Tokenizer]:
     if Path(name, "adapter_config.json").is_file():
         raise InputError(
             f"{name} is an adapter. Give the model it was trained on, or merge it into that one: "
-            f'PeftModel.from_pretrained(model, "{name}").merge_and_unload().save_pretrained(DIR)'
+            f'PeftModel.from_pretrained(model, "{name}").merge_and_unload().save_pretrained(DIR). Save its tokenizer '
+            "there too."
         )
     try:
         model_type = AutoConfig.from_pretrained(name, trust_remote_code=True).model_type
         if model_type == "arclm":
+            if Path(name).is_dir() and not Path(name, "tokenizer_config.json").is_file():
+                raise ValueError(
+                    "it has no tokenizer. Save that of the model it was made from there: "
+                    f'AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True).save_pretrained("{name}")'
+                )
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
             return AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype), tokenizer
     except OSError as error:

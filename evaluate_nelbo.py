@@ -212,5 +212,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"evaluate_nelbo.py: {error}")

@@ -356,3 +356,5 @@ if __name__ == "__main__":
         main()
     except (InputError, TrainingError, OSError) as error:
         sys.exit(f"train_bd3lm.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train_bd3lm.py: interrupted. With --resume_from_checkpoint it goes on from the last checkpoint.")

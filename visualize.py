@@ -146,6 +146,8 @@ def main() -> None:
         raise ValueError(f"{path.parent} is no directory. Make it, or choose another --output_file.")
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=True)
     model = AutoModel.from_pretrained(args.model_name_or_path, trust_remote_code=True, dtype=torch.float32)
+    if model.config.model_type != "arclm":
+        raise ValueError(f"{args.model_name_or_path} is not an arcLM model. convert_a2d.py makes one.")
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": args.prompt}],
         add_generation_prompt=True,

@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -83,6 +84,26 @@ def test_knobs_and_bad_ones(terminal):
     terminal.wait_for("blok_size is no knob of generate")
     terminal.type("/set block_size 99\rSort the digits 85996.\r")
     terminal.wait_for(r"block_size=99 is outside \[1, 16\]")
+    terminal.type("/set block_size 16\r/set watermarking_config 3\rSort the digits 85996.\r")
+    terminal.wait_for("has no attribute")
     terminal.type("/what\r")
     terminal.wait_for(r"/set KNOB VALUE\s+change one")
     assert terminal.close() == 0
+
+
+@pytest.mark.parametrize("option", ["--foo", "--model_name_or_path=nowhere"])
+def test_what_it_cannot_start_with_is_a_sentence(option):
+    script, model = str(ROOT / "chat_arclm.py"), str(ROOT / "nano" / "arclm-nano")
+    command = [sys.executable, script, "--model_name_or_path", model, option]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "chat_arclm.py: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_line_that_is_no_text_is_refused_and_the_chat_goes_on():
+    command = [sys.executable, str(ROOT / "chat_arclm.py"), "--model_name_or_path", str(ROOT / "nano" / "arclm-nano")]
+    lines = b"h\xe9llo\n/set do_sample False\nSort the digits 85996.\n"
+    done = subprocess.run(command, input=lines, capture_output=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert b"The sorted digits are 56899." in done.stdout

@@ -200,7 +200,7 @@ def test_a_model_that_is_absent_or_not_converted_is_named(tmp_path, monkeypatch)
     (tmp_path / "other").mkdir()
     for files, message in {
         '{"model_type": "unheard_of"}': "The model other cannot be loaded: .*unheard_of",
-        '{"model_type": "arclm"}': "The model other cannot be loaded: ",
+        '{"model_type": "arclm"}': r"The model other cannot be loaded: it has no tokenizer\. Save that",
         "adapter": r"other is an adapter\. Give the model it was trained on, or merge it .*merge_and_unload",
     }.items():
         (tmp_path / "other" / ("adapter_config.json" if files == "adapter" else "config.json")).write_text(files)

@@ -74,6 +74,13 @@ def test_it_writes_a_picture_or_a_frame_for_every_step(name, tmp_path, monkeypat
         assert getattr(image, "n_frames", 1) == (1 if name.endswith("png") else len(steps))
 
 
+def test_a_parent_is_refused(tmp_path, monkeypatch):
+    argv = ["--model_name_or_path", f"{MODEL}-base", "--prompt", PROMPT, "--output_file", str(tmp_path / "a.png")]
+    monkeypatch.setattr(sys, "argv", ["visualize.py", *argv])
+    with pytest.raises(ValueError, match=r"arclm-nano-base is not an arcLM model\. convert_a2d\.py makes one"):
+        visualize.main()
+
+
 @pytest.mark.parametrize(
     ("file", "sentence"),
     [("answer.jpg", r"answer\.jpg ends in neither \.png nor \.gif"), ("nowhere/a.png", "nowhere is no directory")],
