@@ -190,6 +190,16 @@ def test_a_prompt_is_needed():
         tiny_model().generate(torch.zeros(1, 5, dtype=torch.long))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "got"), [([[1, 2]], "list"), ("Hello", "str"), (torch.ones(1, 4), "torch.float32"), ({}, "dict")]
+)
+def test_a_prompt_is_a_tensor_of_ids(prompt, got):
+    with pytest.raises(TypeError, match=rf"tensor of whole numbers, got {got}\. Call generate\(\*\*tokenizer"):
+        tiny_model().generate(prompt)
+    with pytest.raises(TypeError, match=r"attention_mask must be a tensor like input_ids, got list"):
+        tiny_model().generate(tokens(1, 2), [[1, 1]])
+
+
 @pytest.mark.parametrize("bad", [-1, 97])
 def test_an_id_outside_the_vocabulary_is_named(bad):
     ids = tokens(2, 8)

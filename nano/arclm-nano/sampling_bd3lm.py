@@ -168,8 +168,11 @@ def check_logits(is_finite: torch.Tensor) -> None:
         )
 
 
-def check_prompt(input_ids: torch.Tensor | None, config) -> None:
-    """Raise a ValueError unless `input_ids` are [B, P] ids of the vocabulary."""
+def check_prompt(input_ids: Any, config) -> None:
+    """Raise a TypeError or ValueError unless `input_ids` are [B, P] ids of the vocabulary."""
+    if input_ids is not None and (not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point()):
+        got = getattr(input_ids, "dtype", type(input_ids).__name__)
+        raise TypeError(f"input_ids must be a tensor of whole numbers, got {got}. Call generate(**tokenizer(...)).")
     if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
         got = "None" if input_ids is None else list(input_ids.shape)
         raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {got}.")
@@ -181,8 +184,10 @@ def check_prompt(input_ids: torch.Tensor | None, config) -> None:
         )
 
 
-def check_attention_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> None:
-    """Raise a ValueError unless it is of the shape of `input_ids` and every row has a token."""
+def check_attention_mask(attention_mask: Any, input_ids: torch.Tensor) -> None:
+    """Raise a TypeError or ValueError unless it is of the shape of `input_ids` and every row has a token."""
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"attention_mask must be a tensor like input_ids, got {type(attention_mask).__name__}.")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must be {list(input_ids.shape)} like input_ids, got {list(attention_mask.shape)}."
