@@ -154,13 +154,13 @@ class Chat:
     def answer(self, line: str) -> None:
         """Generate the answer to a message; an interrupted or impossible one leaves the chat as it was."""
         messages = [*self.messages, {"role": "user", "content": line}]
-        start = time.perf_counter()
         with Live(console=self.console, refresh_per_second=20) as live:
             draft = Draft(self.tokenizer, live, self.think)
             before = signal.signal(signal.SIGINT, draft.stop)
             try:
                 knobs = {"enable_thinking": self.think, "return_dict": True, "return_tensors": "pt"}
                 inputs = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **knobs)
+                start = time.perf_counter()
                 config = GenerationConfig.from_dict(self.config.to_dict() | {"return_dict_in_generate": True})
                 output = self.model.generate(
                     **inputs.to(self.model.device), generation_config=config, streamer=draft, tokenizer=self.tokenizer

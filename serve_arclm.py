@@ -119,7 +119,7 @@ def main() -> None:
     extend_server()
     try:
         app(["serve", *sys.argv[1:], "--trust-remote-code"])
-    except (ImportError, OSError, ValueError) as error:  # of the server or an option such as --quantization; no model
+    except (ImportError, OSError, ValueError) as error:  # a package is missing, or the model
         sys.exit(f"serve_arclm.py: {error}")
 
 

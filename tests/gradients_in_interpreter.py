@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import layer_with_tiles
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arclm import loss_kernels_arclm
 from arclm import trained_arclm as trained
@@ -37,16 +38,27 @@ def test_the_self_check_sees_a_gradient_that_is_lost(monkeypatch):
     assert check(monkeypatch, True, 16, 40) > 0.1
 
 
-def test_without_gradients_the_outputs_are_the_same():
-    """And the states of all chunks are not kept."""
+class States(TorchDispatchMode):
+    """Counts the tensors of states [..., 16, 16] that are made."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += func is torch.ops.aten.new_empty.default and result.shape[-2:] == (16, 16)
+        return result
+
+
+def test_without_gradients_the_outputs_are_the_same_and_no_states_are_kept():
     layout = Layout.of(32, 16, torch.tensor([[0, 2]]), 32 + 40)
-    normal = torch.Generator().manual_seed(0)
-    qkv, gates = (torch.randn(2, 72, width, generator=normal) for width in (2 * 16 + 2 * 16, 4))
+    generator, outputs = torch.Generator().manual_seed(0), []
+    qkv, gates = (torch.randn(2, 72, width, generator=generator) for width in (2 * 16 + 2 * 16, 4))
     g, beta = -gates[..., :2].exp() * 0.1, gates[..., 2:].sigmoid()
-    outputs = [
-        two_stream_delta_rule(qkv * 0.2, g.requires_grad_(needed), beta, layout, key_heads=1, dim=16)
-        for needed in (True, False)
-    ]
+    for needed, kept in ((True, 3), (False, 1)):  # those before blocks, and those before chunks of both streams
+        with States() as states:
+            g.requires_grad_(needed)
+            outputs.append(two_stream_delta_rule(qkv * 0.2, g, beta, layout, key_heads=1, dim=16))
+        assert states.count == kept
     assert torch.equal(*outputs)
 
 
