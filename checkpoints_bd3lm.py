@@ -86,23 +86,20 @@ def choose_checkpoint(args: TrainingArguments, config: Config, lora_rank: int) -
     Raises:
         InputError: there is none, it belongs to another model, or one is there that was not asked for.
     """
-    given, checkpoints = args.resume_from_checkpoint, find_checkpoints(args.output_dir)
+    given, last = args.resume_from_checkpoint, next(reversed(find_checkpoints(args.output_dir)), None)
     if given is None or given.lower() == "false":
-        if checkpoints:
+        if last:
             raise InputError(
-                f"{args.output_dir} holds {checkpoints[-1].name} of an earlier run. Go on from it with "
+                f"{args.output_dir} holds {last.name} of an earlier run. Go on from it with "
                 "--resume_from_checkpoint, or give another --output_dir."
             )
         return None
-    if given.lower() != "true":
-        checkpoints = [Path(given)]
-    if not checkpoints or not is_whole(checkpoints[-1]):
-        raise InputError(
-            f"There is no whole checkpoint to go on from in {checkpoints[-1] if checkpoints else args.output_dir}. "
-            "Start from the beginning, without --resume_from_checkpoint."
-        )
-    check_checkpoint(checkpoints[-1], config, lora_rank)
-    return str(checkpoints[-1])
+    chosen = last if given.lower() == "true" else Path(given)
+    if chosen is None or not is_whole(chosen):
+        advice = f"{last} is one." if last else "Start from the beginning, without --resume_from_checkpoint."
+        raise InputError(f"There is no whole checkpoint to go on from in {chosen or args.output_dir}. {advice}")
+    check_checkpoint(chosen, config, lora_rank)
+    return str(chosen)
 
 
 def check_checkpoint(folder: Path, config: Config, lora_rank: int) -> None:

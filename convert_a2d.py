@@ -5,7 +5,8 @@
 1. Check the source: what can be wrong with it is found before anything is written.
 2. Write the weights under Qwen3.5's text-only names, without the vision tower and the multi-token-prediction head.
    Every tensor keeps its bits and its dtype, but for one embedding row: `<|mask|>` moves into an unused one.
-3. Write the tokenizer, config.json, generation_config.json and the code files that `trust_remote_code=True` runs.
+3. Write the tokenizer, config.json, generation_config.json, a model card and the code files that
+   `trust_remote_code=True` runs.
 4. Verify: each written tensor against the source, and the logits against those of `Qwen3_5ForCausalLM`.
 
 All of it happens in a temporary directory beside the output directory, renamed to it at the very end.
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from huggingface_hub import HfApi, errors, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -35,6 +36,7 @@ from transformers.hf_argparser import HfArg
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from arclm.configuration_arclm import ArcLMConfig
+from arclm.hub_arclm import upload, write_model_card
 from arclm.modeling_arclm import ArcLMForDiffusionLM
 from arclm.sampling_bd3lm import DEFAULT_MAX_NEW_TOKENS, KNOBS
 
@@ -46,6 +48,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 # combining marks (Hindi, Thai, Arabic), digits, an emoji of several code points: what a wrong pre-tokenizer splits
 SAMPLES = ("नमस्ते, हिन्दी", "ที่นี่ภาษาไทย", "السَّلَامُ عَلَيْكُمْ", "3.14159 and 2026", "👩🏽‍🚀 e\u0301", f"a\n{MASK_TOKEN} b")
 DEFAULTS = ArcLMConfig()
+UNTRAINED = "It was converted and not trained since: before it denoises, `train_bd3lm.py` has to train it."
 
 
 @dataclass
@@ -137,6 +140,8 @@ def convert_a2d(model_name_or_path: str | os.PathLike, output_dir: str | os.Path
             for file in {modeling, *get_relative_import_files(modeling)}:
                 shutil.copyfile(file, tmp / Path(file).name)
             save_tokenizer(tokenizer, src, tmp)
+            name = args.push_to_hub or out.name
+            write_model_card(tmp, name, str(model_name_or_path), block_size=config.block_size, status=UNTRAINED)
             # 4. Verify
             if args.verify:
                 verify_tensors(tensors, mask, tmp, progress)
@@ -425,16 +430,6 @@ def verify_logits(parent_config: Qwen3_5TextConfig, tmp: Path) -> None:
     if not error < 1e-4 * max(1, scale):  # also true of NaN
         raise RuntimeError(f"The result does not give the {result}. This is a bug: report it with both versions.")
     print(f"Verified: all tensors bit by bit, {result}.")
-
-
-def upload(out: Path, repo_id: str) -> None:
-    """Upload the finished directory."""
-    try:
-        HfApi().create_repo(repo_id, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo_id, folder_path=out)
-    except (OSError, errors.HTTPError) as error:
-        advice = f"Log in with `hf auth login`, then run `hf upload {repo_id} {out}`."
-        raise OSError(f"{out} is complete, but its upload to {repo_id} failed ({error}). {advice}") from None
 
 
 def main() -> None:

@@ -76,6 +76,13 @@ MIXTURE = (
 )
 
 
+def hub_names(file: str | None, dataset_name: str | None) -> list[str]:
+    """Return the Hub ids of what `read_rows` reads."""
+    if dataset_name is not None:
+        return [] if Path(dataset_name).is_dir() else [dataset_name]
+    return [source.name for source in MIXTURE] if file is None else []
+
+
 class Rows(NamedTuple):
     """A set of rows as it was read."""
 
@@ -114,6 +121,10 @@ def read_file(file: str) -> Rows:
     else:
         if columns:
             raise unknown_columns(file, columns)
+        if lines:
+            raise InputError(
+                f"No line of {file} is a JSON object. JSONL has one chat per line; a list becomes that by jq -c '.[]'."
+            )
     return Rows(file, Dataset.from_dict({"line": lines}), len(lines))
 
 

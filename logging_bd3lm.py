@@ -162,7 +162,7 @@ def draw_curves(history: list[dict[str, Any]], loss_name: str, file: Path) -> No
     figure.savefig(file)
 
 
-def write_card(trainer: Trainer, counts: list[dict[str, Any]], command: str) -> None:
+def write_fragment(trainer: Trainer, counts: list[dict[str, Any]], command: str, checkpoint: str | None) -> None:
     """Write `training.md`, a fragment for a model card, and `training.png` into the directory of the run."""
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
     draw_curves(history, trainer.loss_name, folder / "training.png")
@@ -182,6 +182,8 @@ def write_card(trainer: Trainer, counts: list[dict[str, Any]], command: str) -> 
             f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "datasets")
         ),
     }
+    if checkpoint is not None:
+        facts["resumed"] = f"from {Path(checkpoint).name}; command and data are those since then"
     hyperparameters = extract_hyperparameters_from_trainer(trainer)
     parts = [
         "## Training",

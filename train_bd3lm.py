@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
-from huggingface_hub import HfApi, errors
+from huggingface_hub import errors
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -45,8 +45,9 @@ from arclm.checkpoints_bd3lm import (
     original_class,
     saving,
 )
-from arclm.data_bd3lm import IGNORE, InputError, Rows, collate, load_samples, print_table, read_rows
-from arclm.logging_bd3lm import ProgressBar, RateBuckets, ShowAnswers, memory_gib, write_card
+from arclm.data_bd3lm import IGNORE, InputError, Rows, collate, hub_names, load_samples, print_table, read_rows
+from arclm.hub_arclm import upload, write_model_card
+from arclm.logging_bd3lm import ProgressBar, RateBuckets, ShowAnswers, memory_gib, write_fragment
 from arclm.noise_bd3lm import NOISE_SCHEDULES, make_loss_inputs
 
 
@@ -246,35 +247,41 @@ def make_trainer(**options) -> BD3LMTrainer:
         raise InputError(str(error)) from error
 
 
-def save_result(trainer: BD3LMTrainer, name: str) -> None:
-    """Make output_dir a whole model directory, weights in the dtypes of the model `name`; of LoRA, an adapter."""
+def save_result(trainer: BD3LMTrainer, data_args: DataArguments) -> None:
+    """Make output_dir a whole model directory, in the dtypes of the model the run began from; of LoRA, an adapter."""
     state_dict = trainer.accelerator.get_state_dict(trainer.model)  # from all processes
     if not trainer.args.should_save:
         return
-    folder = Path(trainer.args.output_dir)
+    folder, name = Path(trainer.args.output_dir), data_args.model_name_or_path
+    is_adapter, has_card = isinstance(trainer.model, PeftModel), (folder / "README.md").exists()
     advice = "The last checkpoint in it has the weights." if find_checkpoints(folder) else "No file has the weights."
     with saving(folder, advice):
-        if isinstance(trainer.model, PeftModel):
+        if is_adapter:
             trainer.model.save_pretrained(folder, state_dict=state_dict)
         else:
             model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype="auto")
             model.load_state_dict(state_dict)
             model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
+        if not has_card:  # peft has written a form to fill in
+            write_model_card(
+                folder,
+                trainer.hub_model_id if trainer.args.push_to_hub else folder.name,
+                name,
+                block_size=trainer.model.config.block_size,
+                status="It was trained with `train_bd3lm.py`: [training.md](training.md) says on what and how.",
+                datasets=hub_names(data_args.train_file, data_args.dataset_name),
+                is_adapter=is_adapter,
+            )
 
 
 def push(trainer: BD3LMTrainer) -> None:
     """Upload the finished output_dir; the parent's `push_to_hub` would first write float32 weights over it."""
     trainer._finish_current_push()
-    args, repo = trainer.args, trainer.hub_model_id
     pickled = "training_args.bin"  # which pushes on the way upload
     options = {"ignore_patterns": ["_*", "checkpoint-*", pickled], "delete_patterns": pickled}
-    options |= {"commit_message": "End of training", "revision": args.hub_revision}
-    try:
-        HfApi().upload_folder(repo_id=repo, folder_path=args.output_dir, **options)
-    except (OSError, errors.HTTPError) as error:
-        advice = f"Log in with `hf auth login`, then run `hf upload {repo} {args.output_dir}`."
-        raise TrainingError(f"{args.output_dir} is complete, but its upload failed ({error}). {advice}") from error
+    options |= {"commit_message": "End of training", "revision": trainer.args.hub_revision}
+    upload(trainer.args.output_dir, trainer.hub_model_id, **options)
 
 
 def hold_out(data: Rows, count: int) -> tuple[Rows, Rows]:
@@ -344,9 +351,9 @@ def main(argv: list[str] | None = None) -> None:
             trainer.log_metrics("eval", metrics)
             trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    save_result(trainer, data_args.model_name_or_path)
+    save_result(trainer, data_args)
     if trainer.is_world_process_zero():
-        write_card(trainer, counts, shown_command(argv))
+        write_fragment(trainer, counts, shown_command(argv), checkpoint)
         if args.push_to_hub:
             push(trainer)
 

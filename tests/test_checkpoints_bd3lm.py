@@ -61,6 +61,8 @@ def test_a_killed_run_resumes_exactly(nano_tokenizer, config, tmp_path):
     expected, weights = (load_file(folder / "model.safetensors") for folder in (whole, killed))
     assert expected.keys() == weights.keys()
     assert all(torch.equal(expected[key], weights[key]) for key in expected)
+    resumed = "- resumed: from checkpoint-4; command and data are those since then"
+    assert [resumed in (folder / "training.md").read_text() for folder in (whole, killed)] == [False, True]
     # the limit of one: the last checkpoint of the run, and nothing of the broken one
     assert [folder.name for folder in killed.glob("checkpoint-*")] == ["checkpoint-11"]
 
@@ -221,6 +223,8 @@ def test_checkpoints_of_another_run_or_model_are_refused(nano_tokenizer, config,
     tiny_model(**{**config.to_diff_dict(), "block_size": 4}).save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match=r"checkpoint-1 was trained with block_size=8, the model has block_size=4"):
         bd3lm.main([*argv, "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-1")])
+    with pytest.raises(InputError, match=r"no whole checkpoint .*checkpoint-99\. .*out/checkpoint-1 is one\."):
+        bd3lm.main([*argv, "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-99")])
     go_on = [*argv, "--resume_from_checkpoint"]
     with pytest.raises(InputError, match=r"was trained with --lora_rank 0, this run has 3\. Give the same"):
         bd3lm.main([*go_on, "--lora_rank", "3"])

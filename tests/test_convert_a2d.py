@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Generat
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3_5Tokenizer
 
 from arclm import convert_a2d as module
+from arclm import hub_arclm
 from arclm.convert_a2d import convert_a2d
 
 
@@ -270,8 +271,8 @@ print(type(AutoModel.from_pretrained({str(out)!r}, trust_remote_code=True)))"""
 def test_the_output_appears_in_new_parents_or_in_an_empty_directory(src, tmp_path):
     before = contents(src)
     out = convert_a2d(src, tmp_path / "a" / "b" / "out")
-    (tmp_path / "empty").mkdir()
-    assert contents(convert_a2d(str(src), str(tmp_path / "empty"))) == contents(out)
+    (tmp_path / "empty/out").mkdir(parents=True)
+    assert contents(convert_a2d(str(src), str(tmp_path / "empty/out"))) == contents(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty", "src"]
     assert out.stat().st_mode == (tmp_path / "a").stat().st_mode
     assert contents(src) == before
@@ -358,17 +359,16 @@ def test_a_source_that_is_nowhere(name, tmp_path, monkeypatch):
     refused(Path(name), name + message, error=FileNotFoundError)
 
 
-@pytest.mark.parametrize("error", [None, OSError("401"), module.errors.HTTPError("401")])  # the last: no network
+@pytest.mark.parametrize("error", [None, OSError("401"), hub_arclm.errors.HTTPError("401")])  # the last: no network
 def test_push_to_hub_uploads_the_finished_directory_and_keeps_it(error, src, tmp_path, monkeypatch):
-    hub, out = Mock(), tmp_path / "out"
-    hub.create_repo.side_effect = error
-    monkeypatch.setattr(module, "HfApi", lambda: hub)
+    hub, out = Mock(**{"create_repo.side_effect": error}), tmp_path / "out"
+    monkeypatch.setattr(hub_arclm, "HfApi", lambda: hub)
     message = r"out is complete, but its upload to me/arclm failed \(401\). .*`hf upload me/arclm .*out`"
     with pytest.raises(OSError, match=message) if error else nullcontext():
         convert_a2d(src, out, push_to_hub="me/arclm")
     calls = [call.create_repo("me/arclm", exist_ok=True), call.upload_folder(repo_id="me/arclm", folder_path=out)]
     assert hub.mock_calls == (calls[:1] if error else calls)
-    AutoModel.from_pretrained(out, trust_remote_code=True)
+    assert 'path = "me/arclm"' in (out / "README.md").read_text()
 
 
 def bad(message: str, *, config=(), weights=(), files=(), **options):

@@ -315,6 +315,8 @@ def test_unusable_data_is_said_in_a_sentence(nano_tokenizer, config, tmp_path):
     rows = read_rows(write_lines(tmp_path / "bad.jsonl", [b"{", chat("Hi.")]))
     with pytest.raises(InputError, match=r"Nothing in .*bad\.jsonl can be used: 1 not JSON, 1 no assistant turn\."):
         load_samples(rows, nano_tokenizer, config, max_length=64)
+    with pytest.raises(InputError, match=r"No line of .*list\.json is a JSON object\. JSONL has one chat per line"):
+        read_rows(write_lines(tmp_path / "list.json", [[chat("Hi.")], b"{"]))
     empty = read_rows(write_lines(tmp_path / "empty.jsonl", []))
     with pytest.raises(InputError, match=r"Nothing in .*empty\.jsonl can be used: it is empty"):
         load_samples(empty, nano_tokenizer, config, max_length=64)

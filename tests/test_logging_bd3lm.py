@@ -107,6 +107,9 @@ def test_a_lora_adapter_is_trained_loaded_and_merged(nano_tokenizer, config, tmp
         torch.testing.assert_close(merged(input_ids=ids, noisy_input_ids=x_t).logits, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(merged.generate(input_ids=ids, max_new_tokens=24, do_sample=False), answer)
 
+    assert f'AutoModel.from_pretrained("{tmp_path / "model"}", ' in (out / "README.md").read_text()
+    (out / "README.md").write_text("Mine.")  # what the user writes there stays
     argv = [*argv, "--lora_rank", "3", "--output_dir", str(out), "--resume_from_checkpoint"]
     bd3lm.main([*argv, "--max_steps", "9"])
     assert len(json.loads((out / "trainer_state.json").read_text())["log_history"]) == len(log) + 1
+    assert "Mine." in (out / "README.md").read_text()

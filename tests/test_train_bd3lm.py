@@ -317,8 +317,8 @@ def test_push_to_hub_uploads_whole_models(error, nano_tokenizer, config, tmp_pat
         "--output_dir",
         str(out),
     ]
-    message = r"out is complete, but its upload failed \(401\)\. .*`hf upload me/arclm .*out`"
-    with pytest.raises(bd3lm.TrainingError, match=message) if error else nullcontext():
+    message = r"out is complete, but its upload to me/arclm failed \(401\)\. .*`hf upload me/arclm .*out`"
+    with pytest.raises(OSError, match=message) if error else nullcontext():
         bd3lm.main(argv)
     assert [message for message, _ in pushed][::2] == ["Training in progress, step 1", "End of training"]
     code = {"modeling_arclm.py", *(Path(file).name for file in get_relative_import_files(ROOT / "modeling_arclm.py"))}
@@ -327,7 +327,8 @@ def test_push_to_hub_uploads_whole_models(error, nano_tokenizer, config, tmp_pat
         assert AutoTokenizer.from_pretrained(copy).chat_template
         files = {file.name for file in copy.iterdir()}
         assert {"generation_config.json", *code} <= files
-    assert {"training.md", "training.png"} <= files
+    assert {"README.md", "training.md", "training.png"} <= files
+    assert 'path = "me/arclm"' in (out / "README.md").read_text()
     assert not files & {"training_args.bin", "checkpoint-2"}
     everything = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert not [file for file in everything if b"hf_secret" in file.read_bytes()]
