@@ -178,6 +178,8 @@ class Chat:
         thoughts, answer = draft.split(draft.settled)
         self.messages = [*messages, {"role": "assistant", "content": answer, "reasoning_content": thoughts.strip()}]
         speed = f"{len(draft.settled) / seconds:.0f} tokens per second"
+        if not self.console.is_terminal:  # where rich leaves the last line open
+            self.console.print()
         self.console.print(f"{speed}, {output.tokens_per_forward[0]:.1f} tokens per forward", style="dim")
 
 

@@ -5,10 +5,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
 
 from .attention_arclm import AttentionPart
 from .cache_arclm import ArcLMCache, check_context
 
+
+logger = logging.get_logger(__name__)
 
 # Queries that attend at once, in longer passes: more of them look at keys in vain, fewer take more calls.
 PART_SIZE = 256
@@ -312,7 +315,10 @@ def check_inputs(
     config,
     block_size: int,
 ) -> None:
-    """Raise a ValueError that says what is allowed unless the inputs of a forward pass fit together."""
+    """Raise a ValueError that says what is allowed unless the inputs of a forward pass fit together.
+
+    Labels of a clean stream that has read them already are allowed, and said.
+    """
     if input_ids is None and noisy_input_ids is None:
         raise ValueError("Neither input_ids nor noisy_input_ids was given. Pass one of them, or both to train.")
     if not 1 <= block_size <= config.block_size:
@@ -323,6 +329,12 @@ def check_inputs(
     ids = input_ids if noisy_input_ids is None else noisy_input_ids
     if needed is not None and needed.shape != ids.shape:
         raise ValueError(f"labels must be {list(ids.shape)}, one per token, got {list(needed.shape)}.")
+    sees_ahead = config.context_attention == "block_causal" and block_size > 1
+    if needed is not None and noisy_input_ids is None and sees_ahead:
+        logger.warning_once(
+            'labels without noisy_input_ids teach nothing under context_attention="block_causal": a token has read '
+            "the rest of its block, its successor too. Train with train_bd3lm.py, or pass noisy_input_ids."
+        )
     one_block = noisy_input_ids is not None and (input_ids is None or cache is not None)
     if one_block and ids.shape[1] > block_size:
         raise ValueError(

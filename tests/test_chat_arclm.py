@@ -106,4 +106,4 @@ def test_a_line_that_is_no_text_is_refused_and_the_chat_goes_on():
     lines = b"h\xe9llo\n/set do_sample False\nSort the digits 85996.\n"
     done = subprocess.run(command, input=lines, capture_output=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert b"The sorted digits are 56899." in done.stdout
+    assert re.search(rb"The sorted digits are 56899\.\n\d+ tokens per second", done.stdout), done.stdout

@@ -12,6 +12,8 @@ from conftest import MASK, noisy, tiny_model, tokens
 from reference import blockwise_logits, error, parent_of
 from transformers import DynamicCache
 
+from arclm import streams_arclm
+
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 # a block of one token, blocks inside a chunk of the delta rule, and the chunk itself
@@ -261,6 +263,18 @@ def test_labels_give_the_weighted_unshifted_loss():
     expected = -(log_probs * weights)[labels != -100].sum() / 13
     assert output.logits is None
     assert error(output.loss, expected) < 1e-5
+
+
+def test_labels_that_the_clean_stream_has_read_are_said(monkeypatch):
+    x, warned = tokens(2, 16), []
+    monkeypatch.setattr(streams_arclm.logger, "warning_once", warned.append)
+    for inputs in ({"noisy_input_ids": x, "labels": x}, {}):
+        tiny_model()(x, **inputs)
+    tiny_model(context_attention="causal")(x, labels=x)
+    assert not warned
+    tiny_model()(x, labels=x)
+    assert len(warned) == 1
+    assert warned[0].startswith("labels without noisy_input_ids teach nothing")
 
 
 @pytest.mark.parametrize("shift", [False, True])
