@@ -86,7 +86,7 @@ def build(args: BuildArguments) -> None:
         | {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers")},
     }
     (ROOT / trained / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for name in ("training.md", "training.png"):  # training.json tells of all commands
+    for name in ("README.md", "training.md", "training.png"):  # training.json tells of all commands
         (ROOT / trained / name).unlink()
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     (ROOT / trained).rename(output_dir)

@@ -270,7 +270,8 @@ def test_labels_that_the_clean_stream_has_read_are_said(monkeypatch):
     monkeypatch.setattr(streams_arclm.logger, "warning_once", warned.append)
     for inputs in ({"noisy_input_ids": x, "labels": x}, {}):
         tiny_model()(x, **inputs)
-    tiny_model(context_attention="causal")(x, labels=x)
+    for reads_no_successor in ({"context_attention": "causal"}, {"block_size": 1}):
+        tiny_model(**reads_no_successor)(x, labels=x)
     assert not warned
     tiny_model()(x, labels=x)
     assert len(warned) == 1
