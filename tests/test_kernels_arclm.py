@@ -10,7 +10,15 @@ from types import ModuleType
 import pytest
 import torch
 
-from arclm import attention_kernels_arclm, delta_gradients_arclm, delta_kernels_arclm, linear_kernels_arclm
+from arclm import (
+    attention_gradients_arclm,
+    attention_kernels_arclm,
+    delta_gradients_arclm,
+    delta_kernels_arclm,
+    layer_gradients_arclm,
+    linear_kernels_arclm,
+    loss_kernels_arclm,
+)
 from arclm import kernels_arclm as kernels
 from arclm.gated_delta_rule import AffineScan
 
@@ -231,8 +239,27 @@ def test_what_joins_the_tiles_of_the_sampler_compiles(capability):
     assert "f64" not in compiled.asm["ttir"]
 
 
+# what the arguments of the kernels of a layer are; those in capitals are constants, all others bfloat16
+FLOAT32 = "A_log state final_state partial statistics squares next_squares gates boundaries grad_boundaries"
+FLOAT32 += " grad_initial grad_gates weight query_weight key_weight cos sin grad_weight grad_weights"
+FLOAT32 += " normalizer target factor"
+INT32 = "tokens rows parts columns mask_batch mask_row gate_batch gate_row chunks first per_row num_blocks num_noisy"
+INT32 += " key_batch key_head key_row value_batch value_head value_row blocks_row places_row rotary_batch channels"
+INT32 += " num_keys size"
+TYPES = {"eps": "fp32", "scale": "fp32", "mask": "*i1", "is_token": "*i1", "blocks": "*i64", "places": "*i32"}
+TYPES |= dict.fromkeys(FLOAT32.split(), "*fp32") | dict.fromkeys(INT32.split(), "i32")
+
+
+def compile_for_4090(kernel, constants: dict, *, warps: int = 4, stages: int = 3, **types):
+    """Compile as the functions around the kernels call them at the shapes of Qwen3.5-0.8B."""
+    types = TYPES | types
+    signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
+    compiled = compile_for(89, kernel, signature, constants, num_warps=warps, num_stages=stages)
+    assert compiled.metadata.shared <= RTX_4090_SHARED_MEMORY, kernel
+    return compiled
+
+
 def test_the_kernels_of_a_layer_compile_within_the_shared_memory_of_an_rtx_4090():
-    """At the shapes of Qwen3.5-0.8B, with the tiles that the functions around the kernels choose."""
     pytest.importorskip("triton")
     numbers = {"H": 16, "KEY_HEADS": 16, "K": 128, "V": 128, "C": delta_kernels_arclm.CHUNK, "V_TILE": 32}
     delta_rule = delta_kernels_arclm._delta_rule_kernel, numbers | {"is_token": None, "final_state": None}, 3
@@ -246,19 +273,25 @@ def test_the_kernels_of_a_layer_compile_within_the_shared_memory_of_an_rtx_4090(
     backward = delta_gradients_arclm._backward_kernel, walk, 3
     numbers |= {"V_TILE": delta_gradients_arclm.GRADIENT_TILE}
     gradients = delta_gradients_arclm._chunk_gradients_kernel, numbers, 2
-    types = {"eps": "fp32", "scale": "fp32", "mask": "*i1", "is_token": "*i1", "blocks": "*i64", "places": "*i32"}
-    numbers = "A_log state final_state partial statistics squares next_squares gates boundaries grad_boundaries"
-    types |= dict.fromkeys(f"{numbers} grad_initial grad_gates".split(), "*fp32")
-    sizes = (
-        "tokens rows parts columns mask_batch mask_row gate_batch gate_row chunks first per_row num_blocks num_noisy"
-    )
-    sizes += " key_batch key_head key_row value_batch value_head value_row blocks_row places_row"
     for kernel, constants, stages in (delta_rule, attention, linear, forward, backward, gradients):
-        names = [name for name in kernel.arg_names if name not in constants]
-        signature = {name: types.get(name, "i32" if name in sizes.split() else "*bf16") for name in names}
-        ordered = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-        compiled = compile_for(89, kernel, ordered, constants, num_warps=4, num_stages=stages)
-        assert compiled.metadata.shared <= RTX_4090_SHARED_MEMORY, kernel
+        compiled = compile_for_4090(kernel, constants, stages=stages)
         if kernel is not attention[0]:  # whose condition is about what it loads itself
             for region in compiled.asm["ttir"].split("scf.if")[1:]:
                 assert "tt.dot" not in region.partition("scf.yield")[0], f"{kernel}: see `_delta_rule_kernel`"
+
+
+def test_the_kernels_around_products_compile_with_their_gradients():
+    pytest.importorskip("triton")
+    layers, loss = layer_gradients_arclm, loss_kernels_arclm
+    taps = {"L": 64, "D": 128, "TAPS": 4, "T_TILE": layers.CONVOLUTION_TILE}
+    compile_for_4090(layers._convolution_kernel, taps)
+    compile_for_4090(layers._convolution_sums_kernel, taps, warps=8)
+    compile_for_4090(layers._convolution_inputs_kernel, taps)
+    without_gate = {"gate": None, "grad_gate": None}
+    compile_for_4090(layers._norm_gradients_kernel, without_gate | {"D": 1024, "D_TILE": 1024, "R": 1})
+    compile_for_4090(layers._norm_gradients_kernel, {"D": 128, "D_TILE": 128, "R": 8})
+    compile_for_4090(layers._swiglu_gradients_kernel, {"TILE": 1024})
+    heads = {"H": 8, "KEY_HEADS": 2, "D": 256, "ROTARY": 64, "T_TILE": attention_gradients_arclm.TOKEN_TILE}
+    compile_for_4090(attention_gradients_arclm._query_key_gradients_kernel, heads)
+    for kernel in (loss._add_logits_kernel, loss._to_gradient_kernel):
+        compile_for_4090(kernel, {"TILE": loss.TILE}, warps=8, places="*i64")
