@@ -96,5 +96,8 @@ def upload(folder: Path | str, repo_id: str, **options) -> None:
         HfApi().create_repo(repo_id, exist_ok=True)
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **options)
     except (OSError, errors.HTTPError) as error:
-        advice = f"Log in with `hf auth login`, then run `hf upload {repo_id} {folder}`."
-        raise OSError(f"{folder} is complete, but its upload to {repo_id} failed ({error}). {advice}") from None
+        left_out = "".join(f' --exclude "{pattern}"' for pattern in options.get("ignore_patterns", ()))
+        raise OSError(
+            f"{folder} is complete, but its upload to {repo_id} failed ({error}). Log in with `hf auth login`, then "
+            f"run `hf upload {repo_id} {folder}{left_out}`."
+        ) from None
