@@ -44,6 +44,12 @@ AT_LEAST = {
     "lora_rank": 0,
     "answer_steps": 0,
 }
+# Options of TrainingArguments that would spoil a run.
+REFUSED = {
+    "fp16": "float16 is too narrow for the states of this model",
+    "remove_unused_columns": "it would remove what the batches are made of",
+    "use_liger_kernel": "its kernels do not know this model, which has its own",
+}
 
 
 @dataclass
@@ -104,8 +110,9 @@ def parse_args(argv: list[str] | None, description: str | None = None) -> tuple[
         )
     if namespace.include_num_input_tokens_seen:
         namespace.include_num_input_tokens_seen = "non_padding"  # the command line takes true and false only
-    if namespace.fp16:
-        raise InputError("--fp16: float16 is too narrow for the states of this model. Leave it out.")
+    for name, reason in REFUSED.items():
+        if getattr(namespace, name):
+            raise InputError(f"--{name}: {reason}. Leave it out.")
     if not has_bf16:
         namespace.bf16 = False
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # a configuration of `accelerate launch` may ask for bf16

@@ -87,7 +87,10 @@ def parse_literal(value: Any, what: str) -> Any:
 
 
 def without_none(value: Any) -> Any:
-    """Remove the keys that are None, those that Arrow filled because other rows have them above all."""
+    """Remove the keys that are None: Arrow fills those that other rows have, and writes them as null into JSONL.
+
+    An argument of a call that is meant to be null stays where the arguments are a string of JSON.
+    """
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value

@@ -107,7 +107,8 @@ def read_rows(
 def read_file(file: str) -> Rows:
     """Open a JSONL file as one column `line`, so that broken rows are rows too."""
     if not Path(file).is_file():
-        raise InputError(f"{file} does not exist. Give a JSONL file with one chat per line.")
+        what = "is no file" if Path(file).exists() else "does not exist"
+        raise InputError(f"{file} {what}. Give a JSONL file with one chat per line.")
     with open(file, "rb") as stream:
         lines = [line for line in stream if line.strip()]
     columns = set()

@@ -237,26 +237,23 @@ class _Run:
         knobs["max_denoising_steps"] = min(per_block, knobs["max_denoising_steps"] or self.block_size, self.block_size)
 
     def set_callables(self, logits_processor, stopping_criteria, tokenizer) -> None:
-        """Join those of the generation config and the caller's; lengths and end tokens are this class's own."""
+        """Join those of the caller and of the generation config; its length and end tokens are this class's own."""
         processors = self.model._get_logits_processor(
             generation_config=self.config,
             input_ids_seq_length=self.input_ids.shape[1],
             logits_processor=LogitsProcessorList() if logits_processor is None else logits_processor,
             device=self.ids.device,
         )
-        more = self.config, self.model.config, self.ids.device
+        more = self.config.do_sample, self.model.config, self.ids.device
         self.processors, is_suppressed, temperature = fast_processors(processors, *more)
         by_kernel = is_suppressed is not None and use_sample_rows(self.model.dtype, self.ids.device)
         self.is_suppressed = is_suppressed if by_kernel else None
         self.knobs |= {"mask_token_id": self.mask_token_id, "temperature": temperature}
-        criteria = self.model._get_stopping_criteria(
-            generation_config=self.config,
-            stopping_criteria=StoppingCriteriaList() if stopping_criteria is None else stopping_criteria,
-            tokenizer=tokenizer,
-        )
-        own = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)
-        self.criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, own))
+        given = StoppingCriteriaList() if stopping_criteria is None else stopping_criteria
+        criteria = self.model._get_stopping_criteria(self.config, stopping_criteria=given, tokenizer=tokenizer)
         self.clocks = [c for c in criteria if isinstance(c, MaxTimeCriteria)]
+        asked = (c for c in criteria if c in given or not isinstance(c, MaxLengthCriteria | EosTokenCriteria))
+        self.criteria = StoppingCriteriaList(c for c in asked if c not in self.clocks)
         if self.criteria and len(self.ids) > 1 and self.config._pad_token_tensor is None:
             raise ValueError("Rows that stop at different lengths need padding, and pad_token_id is not set. Pass it.")
 
@@ -285,19 +282,21 @@ class _Run:
     def start_block(self) -> None:
         """Have a block of the answer denoised next, or what is left of it.
 
-        A block that begins with the end of the prompt is filled at the pace of a whole one, in fewer steps.
+        A block that begins with the end of the prompt is filled at the pace of a whole one, in fewer steps; a last
+        one takes of its steps what that left, where there is one block more than `steps` was divided by.
         """
         columns = self.columns()
         shown = columns.clamp(max=self.ids.shape[1] - 1)
         ids = self.ids.gather(1, shown)
         is_masked = (ids == self.mask_token_id) & (shown < self.ends[:, None]) & ~self.finished[:, None]
         answer = (self.limits - torch.maximum(self.starts, self.prompt_lengths)).clamp(max=self.block_size)
+        least = (self.limits - self.prompt_lengths - 1) % self.block_size + 1
         block = Block.of(
             ids,
             is_masked,
             self.knobs,
             can_end=(columns >= self.prompt_lengths[:, None]) & (columns < self.limits[:, None]),
-            share_of=torch.maximum(answer, is_masked.sum(1)),
+            share_of=torch.maximum(torch.maximum(answer, least), is_masked.sum(1)),
             row_steps=self.row_steps,
             end_tokens=self.end_tokens,
             is_suppressed=self.is_suppressed,
@@ -344,29 +343,29 @@ class _Run:
         scores = self._process(scores, self.block.ids, *masked)
         chosen = draw(scores.softmax(-1)) if self.config.do_sample else scores.argmax(-1, keepdim=True)
         chosen = chosen.clamp(max=logits.shape[-1] - 1)  # NaN draws a token beyond the last
+        is_allowed = scores.gather(1, chosen).squeeze(1) > -torch.inf
         entropy = torch.full_like(probs[:, 0], torch.inf)
         if self.knobs["remasking_strategy"] == "entropy_bound":  # one more pass over [M, V] that no other asks for
             entropy = torch.special.entr(probs).sum(-1)
         # one logit that is NaN or infinite spoils all of its row
-        return chosen.squeeze(1), probs.gather(1, chosen).squeeze(1), entropy, probs[:, 0].isfinite()
+        return chosen.squeeze(1), probs.gather(1, chosen).squeeze(1), entropy, probs[:, 0].isfinite() & is_allowed
 
     def _process(self, scores: torch.Tensor, block: torch.Tensor, rows, offsets) -> torch.Tensor:
         """Apply the processors to scores [M, V] of masked positions, given by row [M] and offset in the block [M].
 
         Each position gets the history that transformers would give it: the prompt, padded on the left, and what stands
-        before it, mask tokens where nothing is settled yet.
+        before it. Padding and what is not settled yet are mask tokens: no other token depends on how many there are.
         """
-        if all(isinstance(processor, WITHOUT_HISTORY) for processor in self.processors):
+        if all(type(processor) in WITHOUT_HISTORY for processor in self.processors):
             return self.processors(block[rows], scores)
         ids = self.ids.scatter(1, self.columns().clamp(max=self.ids.shape[1] - 1), block)
         padding = self.input_ids.shape[1] - self.prompt_lengths  # [B]
         lengths = (padding + self.starts)[rows] + offsets
-        pad = self.mask_token_id if self.config._pad_token_tensor is None else int(self.config._pad_token_tensor)
         values, counts = lengths.unique(return_counts=True)
         groups = lengths.argsort(stable=True).split(counts.tolist())
         for length, chosen in zip(values.tolist(), groups, strict=True):
             columns = torch.arange(length, device=ids.device) - padding[rows[chosen], None]
-            history = ids[rows[chosen]].gather(1, columns.clamp(min=0)).masked_fill(columns < 0, pad)
+            history = ids[rows[chosen]].gather(1, columns.clamp(min=0)).masked_fill(columns < 0, self.mask_token_id)
             scores[chosen] = self.processors(history, scores[chosen])
         return scores
 

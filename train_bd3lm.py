@@ -266,7 +266,7 @@ def save_result(trainer: BD3LMTrainer, data_args: DataArguments) -> None:
         if not has_card:  # peft has written a form to fill in
             write_model_card(
                 folder,
-                trainer.hub_model_id if trainer.args.push_to_hub else folder.name,
+                trainer.hub_model_id if trainer.args.push_to_hub else folder.resolve().name,
                 name,
                 block_size=trainer.model.config.block_size,
                 status="It was trained with `train_bd3lm.py`: [training.md](training.md) says on what and how.",

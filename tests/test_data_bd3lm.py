@@ -310,6 +310,8 @@ def test_data_is_tokenized_once(nano_tokenizer, config, tmp_path, monkeypatch):
 def test_unusable_data_is_said_in_a_sentence(nano_tokenizer, config, tmp_path):
     with pytest.raises(InputError, match=r"absent\.jsonl does not exist\. Give a JSONL file"):
         read_rows(str(tmp_path / "absent.jsonl"))
+    with pytest.raises(InputError, match=r" is no file\. Give a JSONL file"):
+        read_rows(str(tmp_path))
     with pytest.raises(InputError, match=r"Both a\.jsonl and x/y were given to train on\. Give a file or a dataset\."):
         read_rows("a.jsonl", "x/y", "train")
     rows = read_rows(write_lines(tmp_path / "bad.jsonl", [b"{", chat("Hi.")]))

@@ -133,7 +133,7 @@ def test_logits_that_are_not_finite_are_named_at_the_end_of_the_block():
     model = tiny_model(**SMALL)
     model.model.norm.weight.data[3] = torch.nan
     for sampling in (SAMPLE, {"do_sample": False}):
-        with pytest.raises(FloatingPointError, match=r"not finite\. Check its weights"):
+        with pytest.raises(FloatingPointError, match=r"not finite\. Check the weights"):
             generate(model, **sampling)
         gc.collect()
     assert idle_graphs(model).choices

@@ -104,7 +104,17 @@ def test_static_takes_fewer_steps_for_a_block_that_begins_with_the_prompt():
 
 @pytest.mark.parametrize(
     ("prompt", "new", "steps", "expected"),
-    [(4, 3, 3, 3), (4, 2, 1, 1), (4, 6, 6, 5), (6, 1, 1, 1), (6, 2, 2, 2), (6, 7, 8, 7), (4, 12, 2, 3)],
+    [
+        (4, 3, 3, 3),
+        (4, 2, 1, 1),
+        (4, 6, 6, 5),
+        (6, 1, 1, 1),
+        (6, 2, 2, 2),
+        (6, 7, 8, 7),
+        (4, 12, 2, 3),
+        (6, 4, 2, 2),
+        (6, 16, 8, 8),
+    ],
 )
 def test_static_takes_the_steps_asked_for_where_a_block_is_cut_short(prompt, new, steps, expected):
     """ceil(steps / blocks) per block, at most one per token; a block of 4 that is cut short spreads what it has."""

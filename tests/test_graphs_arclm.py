@@ -122,7 +122,7 @@ def test_logits_that_are_not_finite_are_named_at_the_end_of_the_block(rerun, do_
     model = tiny_model(**SMALL)
     model.model.norm.weight.data[3] = torch.nan
     for use in (False, True):
-        with pytest.raises(FloatingPointError, match=r"not finite\. Check its weights"):
+        with pytest.raises(FloatingPointError, match=r"not finite\. Check the weights"):
             model.generate(tokens(1, 5), max_new_tokens=6, do_sample=do_sample, use_cuda_graphs=use)
 
 

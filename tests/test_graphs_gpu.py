@@ -91,7 +91,7 @@ def test_a_captured_choice_names_logits_that_are_not_finite_on_a_gpu():
     model = gpu_model()
     model.generate(tokens(1, 20).cuda(), max_new_tokens=20, do_sample=False)
     model.model.norm.weight.data[3] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"not finite\. Check its weights"):
+    with pytest.raises(FloatingPointError, match=r"not finite\. Check the weights"):
         model.generate(tokens(1, 20).cuda(), max_new_tokens=20, do_sample=False)
 
 

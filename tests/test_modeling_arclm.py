@@ -145,12 +145,23 @@ def test_e3_with_a_cache_in_pieces_of_any_length():
     assert error(torch.cat(pieces, 1), parent_of(model)(x).logits) < 1e-4
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+@pytest.mark.parametrize("rope_type", ["linear", "yarn", "llama3"])
 def test_e3_with_a_scaled_rotary_embedding(rope_type):
     rope = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    if rope_type == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     model = tiny_model(context_attention="causal", rope_parameters=rope)
     x = tokens(1, 75)
     assert error(model(x).logits, parent_of(model)(x).logits) < 1e-4
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope", "other"])
+def test_a_rotary_embedding_that_changes_with_the_length_is_refused(rope_type):
+    rope = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    with pytest.raises(
+        ValueError, match=rf"rope_type='{rope_type}' does not go with a cache of rotated keys\. Choose"
+    ):
+        tiny_model(rope_parameters=rope)
 
 
 # E4

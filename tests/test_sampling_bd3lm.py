@@ -118,6 +118,7 @@ BAD = {
     r"block_size=17 is outside \[1, 16\]": {"block_size": 17},
     r"block_size=0 is outside \[1, 16\]": {"block_size": 0},
     "steps=0 must be at least 1": {"steps": 0},
+    "num_return_sequences=0 must be at least 1": {"num_return_sequences": 0},
     "num_beams=3 does not go with block diffusion": {"num_beams": 3},
     "output_scores=True does not go with block diffusion": {"output_scores": True},
     "prompt_lookup_num_tokens=5 does not go with block diffusion": {"prompt_lookup_num_tokens": 5},
@@ -211,7 +212,7 @@ def test_an_id_outside_the_vocabulary_is_named(bad):
 def test_logits_that_are_not_finite_are_not_sampled_from():
     model = tiny_model()
     model.model.norm.weight.data[3] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"not finite\. Check its weights"):
+    with pytest.raises(FloatingPointError, match=r"not finite\. Check the weights"):
         model.generate(tokens(1, 8), max_new_tokens=4)
 
 

@@ -5,7 +5,13 @@ import torch
 from conftest import tokens
 from scripted import PAD, greedy, scripted
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 
 class StopAfter(StoppingCriteria):
@@ -35,6 +41,13 @@ def test_stopping_criteria_end_a_row_in_the_middle_of_a_block_whatever_its_phase
     # as in transformers: the caller's prompts, then one more token at every call
     assert [seen.shape[1] for seen in stop.seen] == list(range(9, 9 + len(stop.seen)))
     assert all(torch.equal(seen[:, :8], ids) for seen in stop.seen)
+
+
+@pytest.mark.parametrize(("stop", "new"), [(MaxLengthCriteria(7), [11, 12]), (EosTokenCriteria(13), [11, 12, 13])])
+def test_criteria_of_the_caller_count_beside_those_of_the_config(stop, new):
+    model = scripted([5, 5, 5, 5, 5, 11, 12, 13, 14])
+    output = model.generate(tokens(1, 5), max_new_tokens=9, do_sample=False, stopping_criteria=[stop])
+    assert output[0, 5:].tolist() == new
 
 
 def test_a_cache_that_goes_beyond_a_criterions_end_is_not_returned():

@@ -221,7 +221,9 @@ def test_a_model_that_is_absent_or_not_converted_is_named(tmp_path, monkeypatch)
         ("--eval_strategy steps", "eval_dataset"),
         ("--report_to no_such_thing", "no_such_thing"),
         ("--dataset_split test", "--dataset_split and --dataset_config are of --dataset_name, which was not given"),
-        ("--fp16 true", "float16 is too narrow"),
+        ("--fp16 true", "--fp16: float16 is too narrow for the states of this model. Leave it out"),
+        ("--remove_unused_columns true", "it would remove what the batches are made of"),
+        ("--use_liger_kernel true", "its kernels do not know this model"),
         ("--label_smoothing_factor 0.1", "label_smoothing_factor would replace the loss"),
     ],
 )

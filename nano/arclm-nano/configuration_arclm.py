@@ -6,6 +6,7 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
 
 CONTEXT_ATTENTION = ("block_causal", "causal")
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # the others change with the length of the text
 
 
 @strict
@@ -40,6 +41,11 @@ class ArcLMConfig(Qwen3_5TextConfig):
         if self.context_attention not in CONTEXT_ATTENTION:
             raise ValueError(
                 f"context_attention={self.context_attention!r} is unknown. Choose {' or '.join(CONTEXT_ATTENTION)}."
+            )
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"rope_type={rope_type!r} does not go with a cache of rotated keys. Choose {' or '.join(ROPE_TYPES)}."
             )
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(

@@ -7,7 +7,6 @@ import torch
 from transformers.generation import (
     LogitsProcessorList,
     MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -39,14 +38,6 @@ KINDS = {
 }
 REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entropy_bound", "sequential", "random")
 DEFAULT_MAX_NEW_TOKENS = 256
-# What these do to the scores of a position depends on nothing before it.
-WITHOUT_HISTORY = (
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 # Modes of transformers' `generate` that this one has not.
 OTHER_MODES = ("num_beams", "guidance_scale", "output_scores", "output_logits", "prompt_lookup_num_tokens", "use_mtp")
 OTHER_MODES += ("force_words_ids", "constraints", "penalty_alpha", "dola_layers", "assistant_early_exit")
@@ -75,42 +66,28 @@ class SuppressTokens(SuppressTokensLogitsProcessor):
 
     def __init__(self, suppress_tokens: torch.Tensor, vocab_size: int, device: torch.device):
         self.is_suppressed = torch.isin(torch.arange(vocab_size, device=device), suppress_tokens.to(device))
+        if self.is_suppressed.all():
+            raise ValueError(f"suppress_tokens leaves none of the {vocab_size} tokens. Leave some of them out.")
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores.masked_fill(self.is_suppressed, -torch.inf)
 
 
-class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
-    """Just like its parent, but padding before the prompt counts as no token: a row does not depend on its batch."""
-
-    def __init__(self, penalty: float, pad_token_id: int, mask_token_id: int):
-        super().__init__(penalty)
-        self.pad_token_id, self.mask_token_id = pad_token_id, mask_token_id
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        is_padding = (input_ids == self.pad_token_id).cumprod(1).bool()
-        # the score of the mask token is -inf already
-        return super().__call__(input_ids.masked_fill(is_padding, self.mask_token_id), scores)
+# What these do to the scores of a position depends on nothing before it.
+WITHOUT_HISTORY = (MinPLogitsWarper, SuppressTokens, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 
-def fast_processors(processors: list, generation_config, config, device: torch.device) -> tuple:
-    """Two of the processors replaced by those above, and what `sample_rows` does of them.
+def fast_processors(processors: list, do_sample: bool, config, device: torch.device) -> tuple:
+    """The processors with `SuppressTokens` in the place of its parent, and what `sample_rows` does of them.
 
     Returns:
         The processors in their order; for `sample_rows` `is_suppressed` [V], `None` if a processor does more than set
         this or the temperature, and `temperature`.
     """
-
-    def ours(processor):
-        if type(processor) is SuppressTokensLogitsProcessor:
-            return SuppressTokens(processor.suppress_tokens, config.vocab_size, device)
-        if type(processor) is RepetitionPenaltyLogitsProcessor:
-            pad = generation_config._pad_token_tensor
-            mask = config.mask_token_id
-            return RepetitionPenalty(processor.penalty, mask if pad is None else int(pad), mask)
-        return processor
-
-    processors = LogitsProcessorList(map(ours, processors))
+    processors = LogitsProcessorList(
+        SuppressTokens(x.suppress_tokens, config.vocab_size, device) if type(x) is SuppressTokensLogitsProcessor else x
+        for x in processors
+    )
     if not all(type(x) in (SuppressTokens, TemperatureLogitsWarper) for x in processors):
         return processors, None, None
     is_suppressed = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
@@ -121,7 +98,7 @@ def fast_processors(processors: list, generation_config, config, device: torch.d
             temperature *= processor.temperature
         else:
             is_suppressed |= processor.is_suppressed
-    return processors, is_suppressed, temperature if generation_config.do_sample else None
+    return processors, is_suppressed, temperature if do_sample else None
 
 
 def check_modes(generation_config) -> None:
@@ -130,6 +107,9 @@ def check_modes(generation_config) -> None:
         value = getattr(generation_config, mode, None)
         if value is True or value not in (None, False, 1):
             raise ValueError(f"{mode}={value} does not go with block diffusion. Leave it out.")
+    copies = generation_config.num_return_sequences
+    if copies is not None and copies < 1:
+        raise ValueError(f"num_return_sequences={copies} must be at least 1.")
 
 
 def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
@@ -163,8 +143,8 @@ def check_logits(is_finite: torch.Tensor) -> None:
     """Raise if a position has had no probabilities: what was drawn from them means nothing."""
     if not is_finite.all():
         raise FloatingPointError(
-            "The model gave logits that are not finite. Check its weights; in float16 they may have overflowed: "
-            "load it with dtype=torch.bfloat16 or torch.float32."
+            "The logits, or those that the processors left, are not finite. Check the weights and the processors; in "
+            "float16 they may have overflowed: load it with dtype=torch.bfloat16 or torch.float32."
         )
 
 
