@@ -69,7 +69,7 @@ def write_model_card(
     text = CARD.format(
         metadata=metadata.to_yaml(),
         title=name.rstrip("/").rpartition("/")[2],
-        base_model=on_hub or Path(base_model).name,
+        base_model=on_hub or Path(base_model).resolve().name,
         block_size=block_size,
         status=status,
         imports=imports,

@@ -66,8 +66,6 @@ class SuppressTokens(SuppressTokensLogitsProcessor):
 
     def __init__(self, suppress_tokens: torch.Tensor, vocab_size: int, device: torch.device):
         self.is_suppressed = torch.isin(torch.arange(vocab_size, device=device), suppress_tokens.to(device))
-        if self.is_suppressed.all():
-            raise ValueError(f"suppress_tokens leaves none of the {vocab_size} tokens. Leave some of them out.")
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores.masked_fill(self.is_suppressed, -torch.inf)
@@ -88,16 +86,18 @@ def fast_processors(processors: list, do_sample: bool, config, device: torch.dev
         SuppressTokens(x.suppress_tokens, config.vocab_size, device) if type(x) is SuppressTokensLogitsProcessor else x
         for x in processors
     )
-    if not all(type(x) in (SuppressTokens, TemperatureLogitsWarper) for x in processors):
-        return processors, None, None
     is_suppressed = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
     is_suppressed[config.mask_token_id] = True
     temperature = 1.0
     for processor in processors:
-        if isinstance(processor, TemperatureLogitsWarper):
+        if type(processor) is TemperatureLogitsWarper:
             temperature *= processor.temperature
-        else:
+        elif type(processor) is SuppressTokens:
             is_suppressed |= processor.is_suppressed
+    if is_suppressed.all():
+        raise ValueError("suppress_tokens leaves no token but the mask token, if that. Leave some of them out.")
+    if not all(type(x) in (SuppressTokens, TemperatureLogitsWarper) for x in processors):
+        return processors, None, None
     return processors, is_suppressed, temperature if do_sample else None
 
 
