@@ -29,6 +29,7 @@ KNOBS = {
 KINDS = {
     "max_new_tokens": Integral,
     "max_length": Integral,
+    "num_return_sequences": Integral,
     "block_size": Integral,
     "steps": Integral,
     "max_denoising_steps": Integral,
@@ -107,13 +108,10 @@ def check_modes(generation_config) -> None:
         value = getattr(generation_config, mode, None)
         if value is True or value not in (None, False, 1):
             raise ValueError(f"{mode}={value} does not go with block diffusion. Leave it out.")
-    copies = generation_config.num_return_sequences
-    if copies is not None and copies < 1:
-        raise ValueError(f"num_return_sequences={copies} must be at least 1.")
 
 
 def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
-    """Raise a ValueError or TypeError that names the knob or length, its value and what is allowed."""
+    """Raise a ValueError or TypeError that names the knob or field, its value and what is allowed."""
     for name, kind in KINDS.items():
         if knobs[name] is not None and not isinstance(knobs[name], kind):
             word = {Integral: "a whole number", Real: "a number", bool: "True or False"}[kind]
@@ -127,7 +125,7 @@ def check_knobs(knobs: dict[str, Any], trained_block_size: int) -> None:
         raise ValueError(
             f"block_size={knobs['block_size']} is outside [1, {trained_block_size}], up to the trained size."
         )
-    for name in ("steps", "max_denoising_steps"):
+    for name in ("steps", "max_denoising_steps", "num_return_sequences"):
         if knobs[name] is not None and knobs[name] < 1:
             raise ValueError(f"{name}={knobs[name]} must be at least 1.")
     if not 0 <= knobs["confidence_threshold"] <= 1:

@@ -116,11 +116,17 @@ def nano_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def qwen_tokenizer():
-    """Load a tokenizer with Qwen3.5's chat template and add a mask token."""
+def shared_tokenizer() -> Path:
+    """A tokenizer with Qwen3.5's merges and chat template."""
     if not QWEN.is_dir():
         pytest.skip(f"{QWEN} is absent: it is not part of the repository")
-    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+    return QWEN
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(shared_tokenizer):
+    """Load that tokenizer and add a mask token."""
+    tokenizer = AutoTokenizer.from_pretrained(shared_tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|mask|>"]})
     return tokenizer
 

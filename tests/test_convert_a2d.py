@@ -96,15 +96,6 @@ def src(checkpoints, tmp_path) -> Path:
     return Path(shutil.copytree(checkpoints["text"], tmp_path / "src"))
 
 
-@pytest.fixture
-def shared_tokenizer() -> Path:
-    """A tokenizer with Qwen3.5's merges and chat template, which is no part of the repository."""
-    folder = ROOT.parent / "shared" / "data" / "tokenizer_qwen3_5_like"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
-    return folder
-
-
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
@@ -361,13 +352,15 @@ def test_a_source_that_is_nowhere(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [None, OSError("401"), hub_arclm.errors.HTTPError("401")])  # the last: no network
 def test_push_to_hub_uploads_the_finished_directory_and_keeps_it(error, src, tmp_path, monkeypatch):
-    hub, out = Mock(**{"create_repo.side_effect": error}), tmp_path / "out"
+    hub, out = Mock(), tmp_path / "out"
+    hub.create_repo.side_effect = error
     monkeypatch.setattr(hub_arclm, "HfApi", lambda: hub)
     message = r"out is complete, but its upload to me/arclm failed \(401\). .*`hf upload me/arclm .*out`"
     with pytest.raises(OSError, match=message) if error else nullcontext():
         convert_a2d(src, out, push_to_hub="me/arclm")
     calls = [call.create_repo("me/arclm", exist_ok=True), call.upload_folder(repo_id="me/arclm", folder_path=out)]
     assert hub.mock_calls == (calls[:1] if error else calls)
+    AutoModel.from_pretrained(out, trust_remote_code=True)
     assert 'path = "me/arclm"' in (out / "README.md").read_text()
 
 
@@ -384,7 +377,8 @@ BAD_INPUT = [
     bad(r"src is an arcLM model already. Load it as it is", config={"model_type": "arclm"}),
     bad(r'"llama", another architecture. Dense Qwen3.5 works: .*"qwen3_5" or', config={"model_type": "llama"}),
     bad(r'"qwen3_5_moe", a mixture of experts. Dense Qwen3.5 works', config={"model_type": "qwen3_5_moe"}),
-    *(bad(r"quantized \(fp8\). Convert", config={"quantization_config": q}) for q in ({"quant_method": "fp8"}, "fp8")),
+    bad(r"quantized \(fp8\). Convert the original", config={"quantization_config": {"quant_method": "fp8"}}),
+    bad(r"quantized \(awq\). Convert the original", config={"quantization_config": "awq"}),
     bad(r"make no valid model \(.*hidden_size.*\). Correct them", config={"hidden_size": "wide"}),
     bad(r"make no valid model \(.*dimension -40.*\). Correct them", config={"hidden_size": -40}),
     bad(r"src is not a checkpoint: no model.safetensors and no \S+index.json.$", files={WEIGHTS: None}),

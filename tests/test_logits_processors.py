@@ -92,8 +92,8 @@ def test_processors_that_allow_no_token_are_an_error(do_sample):
             tiny_model().generate(tokens(1, 5), suppress_tokens=sorted({*range(97)} - {*kept}), **knobs)
 
 
-@pytest.mark.parametrize("knobs", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}])
-def test_padding_before_a_prompt_is_not_repeated(knobs):
+@pytest.mark.parametrize(("knobs", "distinct"), [({"repetition_penalty": 1.5}, 2), ({"no_repeat_ngram_size": 1}, 8)])
+def test_padding_before_a_prompt_is_not_repeated(knobs, distinct):
     """The model wants the pad token everywhere, and token 10 almost as much."""
     model = scripted([PAD])
     model.scores = torch.tensor([2.0])
@@ -112,6 +112,7 @@ def test_padding_before_a_prompt_is_not_repeated(knobs):
     padded = greedy(model, ids, attention_mask=(ids != PAD).long(), **knobs).sequences[0, 5:]
     assert torch.equal(alone, padded)
     assert {PAD, 10} <= set(alone.tolist())
+    assert len(set(alone.tolist())) == distinct
 
 
 def test_no_pad_token_is_needed_where_nothing_is_padded():

@@ -319,7 +319,8 @@ def test_push_to_hub_uploads_whole_models(error, nano_tokenizer, config, tmp_pat
         "--output_dir",
         str(out),
     ]
-    message = r"out is complete, .* failed \(401\)\. .*`hf upload me/arclm .*out --exclude .* \"checkpoint-\*\" "
+    message = r"out is complete, but its upload to me/arclm failed \(401\)\. "
+    message += r'.*`hf upload me/arclm .*out --exclude "_\*" --exclude "checkpoint-\*" --exclude "training_args\.bin"`'
     with pytest.raises(OSError, match=message) if error else nullcontext():
         bd3lm.main(argv)
     assert [message for message, _ in pushed][::2] == ["Training in progress, step 1", "End of training"]

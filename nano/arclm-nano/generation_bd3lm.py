@@ -171,7 +171,8 @@ class BD3LMGenerationMixin:
         given = {name: ours.get(name, getattr(config, name, None)) for name in KNOBS}
         given = {name: value for name, value in given.items() if value is not None}
         knobs = KNOBS | {"block_size": self.config.block_size} | given
-        check_knobs(knobs | {"max_new_tokens": new, "max_length": config.max_length}, self.config.block_size)
+        fields = {name: getattr(config, name) for name in ("max_new_tokens", "max_length", "num_return_sequences")}
+        check_knobs(knobs | fields, self.config.block_size)
         if self.config.mask_token_id is None:
             raise ValueError("mask_token_id is missing from config.json. convert_a2d.py chooses one and writes it.")
         return config, knobs
